@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CUT', 'Kernel', 'SSMLayer']
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #ec84b51d
+# %% ../../nbs/2_lssl/09_layer.ipynb #5388e0f8
 import warnings
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from ..module import SequenceModule, TiedDropout, activation, check_input, is_glu, length_mask
+from ..module import SequenceModule, TiedDropout, activation, check_input, is_glu, mask_padding
 from ..ops.convolution import long_conv
 
 # %% ../../nbs/2_lssl/09_layer.ipynb #76ae7591
@@ -71,7 +71,7 @@ def _mix(width, d_output, final_act):
     "Linear and activation, width -> d_output features; a gated activation gets twice as many to halve."
     return nn.Sequential(nn.Linear(width, 2 * d_output if is_glu(final_act) else d_output), activation(final_act, d_output))
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #d2d97f2d
+# %% ../../nbs/2_lssl/09_layer.ipynb #41988739
 class SSMLayer(SequenceModule):
     """y = mix(act(K * u + D u)): (b l h) -> (b l d_output), for any kernel object with the methods of `Kernel`.
 
@@ -101,7 +101,7 @@ class SSMLayer(SequenceModule):
         check_input(u, self.d_model)
         if self.bidirectional and state is not None:
             raise ValueError("a bidirectional layer sees the whole sequence at once and takes no state: pass state=None")
-        if lengths is not None: u = u.masked_fill(~length_mask(lengths, u.shape[1]).to(u.device), 0)
+        if lengths is not None: u, lengths = mask_padding(u, lengths), torch.as_tensor(lengths, device=u.device)
         with torch.autocast(u.device.type, enabled=False):
             v = rearrange(u, "b l h -> b h l").to(self.D.dtype)
             y = self.convolve(v, state, rate)
