@@ -50,8 +50,7 @@ def discretize(A, B, dt, method="bilinear", alpha=None):
     """
     check_discretize(A, B, method, alpha)
     dtype = torch.promote_types(A.dtype, B.dtype)
-    dt = torch.as_tensor(dt, device=A.device)
-    dt = dt if dt.is_complex() else dt.to(dtype.to_real())
+    dt = torch.as_tensor(dt, dtype=None if torch.is_tensor(dt) and dt.is_complex() else dtype.to_real(), device=A.device)
     dims = torch.broadcast_shapes(A.shape[:-2], B.shape[:-1], dt.shape)
     A = (A * dt[..., None, None]).to(dtype).expand(*dims, *A.shape[-2:])
     B = (B * dt[..., None]).to(dtype).expand(*dims, B.shape[-1])
