@@ -49,7 +49,7 @@ notebooks: export
 	@$(BIN)/python .ci/execute.py $(NB)
 
 readme: $(VENV)/.installed
-	@$(BIN)/python .ci/execute.py nbs/index.ipynb && $(BIN)/python .ci/readme.py
+	@$(BIN)/python .ci/readme.py
 
 lock: $(VENV)/.installed
 	@$(BIN)/python -m pip install -q uv -c constraints.txt

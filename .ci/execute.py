@@ -40,12 +40,12 @@ def join_streams(outputs):
     return joined
 
 
-def execute(path, flags=()):
-    "The notebook at `path`, run in its folder with the repository on the path; an error in a cell is raised."
+def execute(path, flags=(), root=ROOT):
+    "The notebook at `path`, run in its folder with the repository `root` on the path; an error in a cell is raised."
     nb = nbformat.read(path, 4)
     kept = {i: (c.source, c.outputs) for i, c in enumerate(nb.cells) if left_out(c, flags)}
     for i in kept: nb.cells[i].source = "pass"
-    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
     os.environ.pop("MPLBACKEND", None)  # the kernel's own: plots in the notebook
     resources = {"metadata": {"path": str(Path(path).parent)}}
     quiet = ["--log-level=ERROR"]
@@ -57,6 +57,11 @@ def execute(path, flags=()):
     return nb
 
 
+def clean(path):
+    "nbdev_clean on one notebook."
+    subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path)
@@ -65,7 +70,7 @@ def main():
     for path in [p.resolve() for p in args.notebooks] or book():
         print(path.relative_to(ROOT), flush=True)
         nbformat.write(execute(path, args.flags.split()), path)
-        subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
+        clean(path)
 
 
 if __name__ == "__main__": main()
