@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/2_lssl/05_module.ipynb #55c044cf
+# %% ../nbs/2_lssl/05_module.ipynb #5920adb1
 def _nearest(got, allowed):
     "A hint such as `, did you mean 'gelu'?`, or nothing when no allowed name resembles `got`."
     close = difflib.get_close_matches(str(got), [str(a) for a in allowed], n=1)
@@ -29,12 +29,12 @@ def one_of(what, got, allowed):
 
 
 def options(cls, given, owner):
-    "The dataclass `cls` filled with the dict `given`; a key that is no field of it raises, naming `owner` and the nearest field."
+    "The dataclass `cls` filled with the dict `given`; any other key raises, naming `owner` and the nearest field."
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in given: one_of(f"option of {owner}", key, fields)
     return cls(**given)
 
-# %% ../nbs/2_lssl/05_module.ipynb #a7fefbe7
+# %% ../nbs/2_lssl/05_module.ipynb #6d5862fd
 def check_input(u, d_model, ndim=3):
     "Raise a ValueError unless `u` is floating and of shape (b l d_model) (`ndim=3`) or (b d_model) (`ndim=2`)."
     want = ("batch", "length", f"{d_model}") if ndim == 3 else ("batch", f"{d_model}")
@@ -42,9 +42,9 @@ def check_input(u, d_model, ndim=3):
         raise ValueError(f"input has shape {tuple(u.shape)}, expected ({', '.join(want)}): features come last")
     if 0 in u.shape: raise ValueError(f"input of shape {tuple(u.shape)} is empty")
     if not u.is_floating_point():
-        raise ValueError(f"input is {u.dtype}, expected a floating type: embed tokens (nn.Embedding) or cast numbers first")
+        raise ValueError(f"input is {u.dtype}, expected floats: embed tokens (nn.Embedding) or cast numbers first")
 
-# %% ../nbs/2_lssl/05_module.ipynb #48d735c8
+# %% ../nbs/2_lssl/05_module.ipynb #7c7de591
 class SequenceModule(nn.Module):
     """A map from sequences (b l d_model) to sequences (b l d_output) that can also run one step at a time.
 
@@ -54,7 +54,7 @@ class SequenceModule(nn.Module):
     d_output: int
 
     def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
-        """u (b l d_model) -> y (b l d_output), state. Valid are the first `lengths` (b) inputs of each row; `rate` is the
+        """u (b l d_model) -> y (b l d_output), state. The first `lengths` (b) inputs of a row are valid; `rate` is the
         sampling step relative to training; `return_state=False` skips the state and returns None for it."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
@@ -85,7 +85,7 @@ def mask_padding(u, lengths):
     if len(mask) != len(u): raise ValueError(f"got {len(mask)} lengths for a batch of {len(u)}: one for each row")
     return u.masked_fill(~mask, 0)
 
-# %% ../nbs/2_lssl/05_module.ipynb #db1232b7
+# %% ../nbs/2_lssl/05_module.ipynb #693482d1
 class GLU(nn.Module):
     "Gated linear unit: (… 2d) -> (… d), first half times act(second half). Dauphin et al. 2017 (act: sigmoid)."
     def __init__(self, act="sigmoid"):
@@ -117,10 +117,11 @@ class Laplace(nn.Module):
 
     def forward(self, x): return 0.5 * (1 + torch.erf((x - self.mu) / (self.sigma * math.sqrt(2))))
 
-
+# %% ../nbs/2_lssl/05_module.ipynb #6d59a34b
 ACTIVATIONS = {"id": nn.Identity, "none": nn.Identity, "linear": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU,
                "gelu": nn.GELU, "elu": nn.ELU, "silu": nn.SiLU, "swish": nn.SiLU, "glu": GLU, "sigmoid": nn.Sigmoid,
-               "softplus": nn.Softplus, "sqrelu": SquaredReLU, "relu2": SquaredReLU, "laplace": Laplace, "modrelu": ModReLU}
+               "softplus": nn.Softplus, "sqrelu": SquaredReLU, "relu2": SquaredReLU, "laplace": Laplace,
+               "modrelu": ModReLU}
 
 
 def is_glu(name):
