@@ -1,22 +1,9 @@
-"""Shared by all tests: fixed seeds, process-wide state put back after each, scripts of the house as modules."""
-import importlib.util
+"""Shared by all tests: fixed seeds, process-wide state put back after each, the runner of notebooks, the reference's vectors."""
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load(path):
-    "The Python file at `path` (from the root) as a module, whatever its folder."
-    name = "house_" + Path(path).stem
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+from house import load
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, load
+from house import ROOT, load
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
@@ -306,7 +306,7 @@ def imported_packages(path):
 
 
 def test_what_is_imported_is_required():
-    own = {"s4nb", "conftest"} | {f.stem for f in files(".py") if f.parts[0] in ("tests", ".ci", "nbs")}
+    own = {"s4nb"} | {f.stem for f in files(".py") if f.parts[0] in ("tests", ".ci", "nbs")}
     keys = [k for k in settings() if k.endswith("requirements")]
     asked = {r.name.lower().replace("_", "-") for r in requirements(*keys)}
     provided = importlib.metadata.packages_distributions()

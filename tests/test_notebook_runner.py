@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from house import ROOT
 
 EXPORTED = ["#| default_exp sums", "#| export\nimport math\nfrom itertools import accumulate as running",
             "#| export\n_start, step = 0, 1\ndef add(a, b): return a + _start + step * b"]
