@@ -123,7 +123,8 @@ def problems_of_imports(path, name, order):
         if names == ["*"]: yield f"{where}: import * hides what is used; name it"
         if root == "s4nb":
             known = target.removeprefix("s4nb").lstrip(".")
-            if known not in order: yield f"{where}: {target} is not a module of a notebook; import from the module that defines {names}"
+            if known == "" and names == ["__version__"]: continue
+            if known not in order: yield f"{where}: {target} is not a module of a notebook; import from the module that defines {', '.join(names or ['it'])}"
             elif order[known] >= order[name]: yield f"{where}: {target} comes later in the book; a module imports from lower-numbered notebooks only"
             elif layer == "data" and known.split(".")[0] not in ("data", "hippo"): yield f"{where}: data knows nothing of the models"
         elif layer in CORE and top and root not in {"torch", "einops"} | sys.stdlib_module_names:
