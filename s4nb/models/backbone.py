@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..module import SequenceModule, TiedDropout, length_mask, one_of
 
-# %% ../../nbs/4_models/20_backbone.ipynb #10619a82
+# %% ../../nbs/4_models/20_backbone.ipynb #a1d6f5ac
 class BatchNorm(nn.BatchNorm1d):
     "Batch normalisation of x (b l h) over its valid positions; mask (b l 1) True where valid (Ioffe and Szegedy 2015)."
     local = True  # at inference no position looks at another one
@@ -21,9 +21,9 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x, mask=None):
         if mask is None or not self.training:
             return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-        valid = mask.squeeze(-1)
-        normal = super().forward(x[valid])
-        return torch.zeros_like(x, dtype=normal.dtype).masked_scatter(mask, normal)
+        flat, valid = x.flatten(0, 1), mask.flatten().nonzero().squeeze(-1)
+        normal = super().forward(flat.index_select(0, valid))
+        return torch.zeros_like(flat, dtype=normal.dtype).index_copy(0, valid, normal).view_as(x)
 
     def step(self, x):
         "x (b h): one position has no statistics of its own, so the running averages are used."
