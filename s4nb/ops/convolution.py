@@ -11,15 +11,16 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/2_lssl/07_convolution.ipynb #3d133ae8
+# %% ../../nbs/2_lssl/07_convolution.ipynb #467a0747
 SHORT = 128    # up to this length a Toeplitz matrix is faster than an FFT
 
 
 @lru_cache(maxsize=None)
 def fast_length(n):
-    "The smallest 2^i 3^j 5^k that is at least n: lengths at which an FFT is cheap."
+    "The smallest 16 * 2^i 3^j 5^k that is at least n: a length at which an FFT is cheap."
+    n = -(-n // 16)
     odd = [3**j * 5**k for j in range(n.bit_length()) for k in range(n.bit_length()) if 3**j * 5**k < 2 * n]
-    return min(p << max(0, (-(-n // p) - 1).bit_length()) for p in odd)
+    return 16 * min(p << (-(-n // p) - 1).bit_length() for p in odd)
 
 # %% ../../nbs/2_lssl/07_convolution.ipynb #31917d7d
 def _fft_conv(u, K, K_back, offset):
@@ -39,7 +40,7 @@ def _toeplitz_conv(u, K, K_back, offset):
     if K_back is not None: G = G + F.pad(K_back.flip(-1), (l - offset - K_back.shape[-1], l - 1 + offset))
     return torch.einsum("chts,bhs->bcht", G.unfold(-1, l, 1), u.flip(-1))
 
-# %% ../../nbs/2_lssl/07_convolution.ipynb #533d726d
+# %% ../../nbs/2_lssl/07_convolution.ipynb #7385877a
 def long_conv(u, K, K_back=None, offset=1):
     """Causal convolution y_t = sum_j K_j u_{t-j}, and with K_back also + sum_j K_back_j u_{t+offset+j}.
 
@@ -50,7 +51,7 @@ def long_conv(u, K, K_back=None, offset=1):
         raise ValueError(f"expected u (b h l) and K (c h k), got {tuple(u.shape)} and {tuple(K.shape)}")
     if K_back is not None and K_back.shape[:2] != K.shape[:2]:
         raise ValueError(f"K_back {tuple(K_back.shape)} must match K {tuple(K.shape)} in its first two dimensions")
-    if offset not in (0, 1): raise ValueError(f"offset must be 1 (strictly the future) or 0 (with the present), got {offset}")
+    if offset not in (0, 1): raise ValueError(f"offset must be 1 (the future) or 0 (and the present), got {offset}")
     l, out = u.shape[-1], u.dtype
     dtype = torch.promote_types(torch.promote_types(u.dtype, K.dtype), torch.float32)
     K_back = None if K_back is None else K_back[..., :l - offset].to(dtype)
