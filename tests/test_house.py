@@ -23,9 +23,11 @@ BIN = Path(sys.executable).parent
 
 
 def files(*suffixes):
-    "Files of the checkout that git does not ignore, relative to the root."
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    found = sorted({Path(f) for f in listed.splitlines() if (ROOT / f).is_file()})
+    "Files of the checkout that git does not ignore, relative to the root; of results only the runs that git knows."
+    def listed(*options): return subprocess.run(["git", "ls-files", *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    new = [f for f in listed("-o", "--exclude-standard") if not f.startswith("results/")]
+    found = sorted({Path(f) for f in listed("-c") + new if (ROOT / f).is_file()})
     return [f for f in found if not suffixes or f.suffix in suffixes]
 
 
