@@ -6,7 +6,7 @@ NB ?=              # notebooks for `make notebooks`; empty: all
 
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(strip $(WORKERS))
+PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(strip $(WORKERS)) --dist worksteal
 empty :=
 space := $(empty) $(empty)
 
