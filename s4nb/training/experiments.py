@@ -224,7 +224,7 @@ EXPERIMENTS = {
         trainer=Trainer(max_epochs=2, threads=2)),
 }
 
-# %% ../../nbs/6_training/42_experiments.ipynb #2a364e62
+# %% ../../nbs/6_training/42_experiments.ipynb #d0426595
 def part(e, group):
     "The part of an experiment that a group such as model/layer fills."
     for name in group.split("/"):
@@ -245,8 +245,12 @@ def differences(e, group):
     return {name: got for name, got in vars(value).items() if got != getattr(default, name) and name not in nested}
 
 
-def node_of(e):
-    "The Hydra node of an Experiment: its choices as overrides of the defaults list, then its differences."
+def node_of(e, chosen=None):
+    """The Hydra node of an Experiment: its choices as overrides of the defaults list, then its differences.
+
+    chosen: choices that will replace the experiment's, {group: name}; differences that they have no field for are left out.
+    """
+    chosen = choices_of(e) | (chosen or {})
     node = {"defaults": [{f"override /{group}": name} for group, name in choices_of(e).items()],
             **{f.name: getattr(e, f.name) for f in dataclasses.fields(e) if f.name not in GROUPS}}
     for group in GROUPS:
@@ -254,24 +258,25 @@ def node_of(e):
         parent = node
         for name in path:
             parent = parent[name]
-        parent[last] = differences(e, group)
+        fields = {f.name for f in dataclasses.fields(GROUPS[group][chosen[group]])}
+        parent[last] = {name: value for name, value in differences(e, group).items() if name in fields}
     return node
 
-# %% ../../nbs/6_training/42_experiments.ipynb #bb960875
-def register():
-    "Puts the groups and the table into Hydra's ConfigStore, under the configuration `train`."
+# %% ../../nbs/6_training/42_experiments.ipynb #18f16510
+def register(chosen=None):
+    "Puts the groups and the table into Hydra's ConfigStore, under the configuration `train`; chosen as in node_of."
     from hydra.core.config_store import ConfigStore
     store = ConfigStore.instance()
     for group, options in GROUPS.items():
         for name, cls in options.items():
             store.store(group=group, name=name, node=cls)
     for name, e in EXPERIMENTS.items():
-        store.store(group="experiment", name=name, node=node_of(e), package="_global_")
+        store.store(group="experiment", name=name, node=node_of(e, chosen), package="_global_")
     defaults = [{group: next(iter(options))} for group, options in GROUPS.items()]
     store.store(name="schema", node=Experiment)
     store.store(name="train", node={"defaults": ["schema", *defaults, {"experiment": MISSING}, "_self_"]})
 
-# %% ../../nbs/6_training/42_experiments.ipynb #b8dc61d2
+# %% ../../nbs/6_training/42_experiments.ipynb #7363cbce
 def split_override(text):
     "(key, value, mark) of an override; mark is '+', '++', '~' or ''."
     mark = text[:len(text) - len(text.lstrip("+~"))]
@@ -294,7 +299,10 @@ def keys_of(choices):
 
 
 def check(overrides):
-    "Raises a ValueError naming the nearest valid name when an override has an unknown experiment, choice or key."
+    """The choices {group: name} among the overrides (the first of each in a sweep).
+
+    Raises a ValueError naming the nearest valid name when an override has an unknown experiment, choice or key.
+    """
     split = [split_override(text) for text in overrides]
     options = {"experiment": EXPERIMENTS, **GROUPS}
     for key, value, _ in split:
@@ -307,6 +315,7 @@ def check(overrides):
     for key, value, mark in split:
         if key not in options and key not in keys and not key.startswith("hydra"):
             check_key(key, value, mark, keys)
+    return named
 
 
 def check_key(key, value, mark, keys):
@@ -320,12 +329,15 @@ def check_key(key, value, mark, keys):
 
 def compose(overrides):
     "The Experiment that a list of overrides makes, one of them experiment=NAME. Anything wrong in it → ValueError."
-    check(overrides)
+    chosen = check(overrides)
+    sweep = [text for text in overrides if "," in text and split_override(text)[1][0] not in "[{\"'("]
+    if sweep:
+        raise ValueError(f"{sweep[0]} has several values, which is a sweep: add --multirun")
     from hydra import compose as hydra_compose, initialize
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    register()
+    register(chosen)
     try:
         with initialize(version_base=None, config_path=None):
             return OmegaConf.to_object(hydra_compose("train", list(overrides)))

@@ -71,16 +71,17 @@ def make_trainer(e, folder):
                      default_root_dir=folder, enable_progress_bar=t.progress, enable_model_summary=False,
                      num_sanity_val_steps=0)
 
-# %% ../../nbs/6_training/44_fit.ipynb #c91f9df9
+# %% ../../nbs/6_training/44_fit.ipynb #becc5108
 def finished(e, trainer):
     "Whether the run went its whole length and evaluated everything."
     t = e.trainer
     ended = trainer.current_epoch >= t.max_epochs or trainer.global_step >= t.max_steps > 0
-    return ended and not trainer.interrupted and t.limit_val_batches == t.limit_test_batches == 1.0
+    whole = all(isinstance(limit, float) and limit == 1.0 for limit in (t.limit_val_batches, t.limit_test_batches))  # 1: one batch
+    return ended and whole and not trainer.interrupted
 
 
 def result(e, data, trainer, test):
-    "What the card says about the outcome."
+    "What the card says about the outcome; test: the metrics at the best epoch."
     history = next(c for c in trainer.callbacks if isinstance(c, History)).rows
     epoch = max(history, key=lambda row: row["val/accuracy"])
     label, share = data.majority("test")
@@ -113,8 +114,8 @@ def fit(e, data, model, command=None):
     trainer = make_trainer(e, folder)
     try:
         trainer.fit(task, train, val)
-        measured = trainer.test(task, test, ckpt_path="best", verbose=False)[0]
-        card |= result(e, data, trainer, measured)
+        if trainer.checkpoint_callback.best_model_path:  # none when the run was cut before its first validation
+            card |= result(e, data, trainer, trainer.test(task, test, ckpt_path="best", verbose=False)[0])
     except Exception as error:
         card |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
         raise
@@ -124,7 +125,7 @@ def fit(e, data, model, command=None):
             save_curve(folder, data.majority("val")[1], f"{e.name}, seed {e.seed}")
     return card | {"wall_seconds": round(time.monotonic() - begin, 1), "folder": str(folder)}
 
-# %% ../../nbs/6_training/44_fit.ipynb #7c9078ec
+# %% ../../nbs/6_training/44_fit.ipynb #77086fd1
 def describe(e, data, model):
     "The task card, and the parameter groups."
     return f"{data.card}\n\n{group_table(param_groups(model, e.optimizer.lr, e.optimizer.weight_decay))}\n"
@@ -132,6 +133,8 @@ def describe(e, data, model):
 
 def summary(card):
     "The result in two lines."
+    if "test_accuracy" not in card:
+        return f"no result: the run ended before its first validation; {card['state']}\n{card['folder']}: card.json config.yaml"
     best, majority = card["best_epoch"], card["majority_class"]
     return (f"test accuracy {100 * card['test_accuracy']:.2f} % (epoch {best['epoch']} of {card['epochs']}, the best by validation); "
             f"majority class {100 * majority['share']:.2f} %; {card['state']}\n"
@@ -143,6 +146,7 @@ def run(e: Experiment, command=None, built=None):
     data, model = built or build(e)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        for text in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*"):
+        for text in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*",
+                     ".*could not find the monitored key.*"):
             warnings.filterwarnings("ignore", text)
         return fit(e, data, model, command)

@@ -47,7 +47,7 @@ def experiments_table():
         lines += [f"{'':16} published: {value:.2f} %  ({source})" for source, value in e.published.items()]
     return "\n".join(lines)
 
-# %% ../../nbs/6_training/45_run.ipynb #87d85dca
+# %% ../../nbs/6_training/45_run.ipynb #ebf1bd49
 def train(arguments):
     "`s4nb train`: one run, or Hydra's command line when an argument starts with a dash."
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -77,8 +77,7 @@ def hydra_command(arguments):
     "Hydra's command line over the same configuration; each job of a sweep writes its own folder of results."
     import hydra
     from omegaconf import OmegaConf
-    check([a for a in arguments if not a.startswith("-")])
-    register()
+    register(check([a for a in arguments if "=" in a and not a.startswith("-")]))
 
     def job(config):
         from s4nb.training.fit import run, summary
