@@ -66,9 +66,9 @@ def dataset_dir(name, data_dir=None):
     """The folder of one dataset: `data_dir` where given, else DATA_PATH/name."""
     return Path(data_dir).absolute() if data_dir else data_root() / name
 
-# %% ../../nbs/5_data/30_base.ipynb #e08b3a62
+# %% ../../nbs/5_data/30_base.ipynb #54e3f24d
 def write_atomically(path, write):
-    """`write(tmp)` makes a file or a folder beside `path`, which is then renamed to `path`: all of it is seen, or nothing.
+    """`write(tmp)` makes a file or a folder beside `path`; then it is renamed to `path`: all of it is seen, or nothing.
 
     On any failure what was written is removed; an OSError (a full disk) is raised again with the path and the fix.
     """
@@ -245,9 +245,9 @@ class EpochOrder(Sampler):
             order = [i for batch in batches for i in batch] + short
         return iter(order)
 
-# %% ../../nbs/5_data/30_base.ipynb #bad47158
+# %% ../../nbs/5_data/30_base.ipynb #e6cda36d
 class DataModule:
-    """A task: `card`, `prepare()`, datasets `train` `val` `test`, `loader(split, …)`. A subclass defines `load`, `prepare`.
+    """A task: `card`, `prepare()`, datasets `train` `val` `test`, `loader(split, …)`. Subclasses define `load`, `prepare`.
 
     Attributes: name, d_output, l_max, and n_tokens (int input (b l)) or d_input (float input (b l d)).
     """

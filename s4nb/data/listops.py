@@ -228,7 +228,7 @@ def generate(n, seed, shortest, longest, workers=None):
     finally:
         torch.set_num_threads(threads)
 
-# %% ../../nbs/5_data/31_listops.ipynb #34e52da4
+# %% ../../nbs/5_data/31_listops.ipynb #24dea01c
 HEADER = "Source\tTarget"
 
 
@@ -247,8 +247,8 @@ def read_tsv(path):
     def refuse(n, what):
         raise ValueError(f"{path}, line {n}: {what}; restore the file or delete it")
 
-    bytes_in_all = os.path.getsize(path)
-    with open(path, encoding="utf-8", errors="replace", newline="") as f, Progress(bytes_in_all, f"reading {path}") as bar:
+    bar = Progress(os.path.getsize(path), f"reading {path}")
+    with open(path, encoding="utf-8", errors="replace", newline="") as f, bar:
         header = f.readline()
         if header.rstrip("\r\n") != HEADER: refuse(1, f"expected the header {HEADER!r}, got {header[:40]!r}")
         for n, line in enumerate(f, 2):
@@ -303,7 +303,7 @@ def make_files(folder, sizes, seed, shortest, longest, workers, name):
                     bar(done := done + 1)
     return {"vocabulary": save_tokens(Path(folder) / "tokens.pt", splits)}
 
-# %% ../../nbs/5_data/31_listops.ipynb #414f0a28
+# %% ../../nbs/5_data/31_listops.ipynb #28b61c43
 VARIANTS = {"lra-listops": (501, 1999, 2048), "listops-mini": (64, 256, 257)}   # shortest, longest; l_max with <eos>
 SIZES = (96_000, 2_000, 2_000)
 PUBLISHED = {"Transformer (LRA)": 36.37, "Reformer (LRA)": 37.27, "S4-LegS (HTTYH)": 59.60,
@@ -324,7 +324,8 @@ class ListOps(DataModule):
             raise ValueError(f"sizes are (train, val, test), each at least 1; got {sizes}")
         self.name, self.seed, self.workers, self.sizes = name, int(seed), workers, tuple(map(int, sizes))
         self.shortest, self.longest, default = VARIANTS[name]
-        self.l_max, self.n_tokens = l_max or default, len(SYMBOLS) + 3
+        self.l_max, self.n_tokens = default if l_max is None else l_max, len(SYMBOLS) + 3
+        if self.l_max < 2: raise ValueError(f"l_max is at least 2, a token and <eos>; got {l_max}")
         self.data_dir, self.folder, self.made, self.vocabulary = data_dir, dataset_dir("listops", data_dir), None, None
 
     def released(self):
