@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 import torch
-from s4nb.hippo import discretize, transition
-from s4nb.hippo.transition import MEASURES
+from s4nb.hippo import discretize
+from s4nb.hippo.transition import TRANSITIONS, transition
 from scipy import integrate, linalg, signal
 from test_hippo import cases
 
@@ -18,7 +18,7 @@ def random_system(*batch, n=5, dtype=F64, seed=0):
 
 
 @pytest.mark.parametrize("method, alpha", METHODS)
-@pytest.mark.parametrize("measure", [m for m in MEASURES if m not in ("random", "diagonal")])
+@pytest.mark.parametrize("measure", [m for m in TRANSITIONS if m not in ("random", "diagonal")])
 def test_scipy(measure, method, alpha):
     A, B = transition(measure, 12)
     for dt in (1e-4, 0.03, 1.0):

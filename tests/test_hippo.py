@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from s4nb.hippo import HiPPO, basis, density, discretize, project, rank_correction, reconstruct, transition, white_signal
+from s4nb.hippo import HiPPO, basis, density, discretize, project, rank_correction, reconstruct, white_signal
 from s4nb.hippo.memory import white_from_normals
 from s4nb.hippo.projection import WINDOWS, laguerre, legendre, quadrature, window
-from s4nb.hippo.transition import MEASURES
+from s4nb.hippo.transition import TRANSITIONS, transition
 from scipy import integrate, special
 
 F64 = torch.float64
-FIXED = [m for m in MEASURES if m not in ("random", "diagonal")]
+FIXED = [m for m in TRANSITIONS if m not in ("random", "diagonal")]
 NORMAL = ["legs", "legsd", "legt", "lagt", "fout", "fourier", "fourier_decay", "fourier2", "foud", "fourier_diag"]
 
 
@@ -82,7 +82,7 @@ def test_transition_refuses(arguments):
 def test_unknown_measure_names_all():
     with pytest.raises(ValueError) as e:
         transition("legendre", 4)
-    assert all(m in str(e.value) for m in MEASURES)
+    assert all(m in str(e.value) for m in TRANSITIONS)
 
 
 @pytest.mark.parametrize("measure", NORMAL)

@@ -2,4 +2,4 @@
 from .discretization import discretize
 from .memory import HiPPO, white_signal
 from .projection import basis, density, project, reconstruct
-from .transition import rank_correction, transition
+from .transition import rank_correction
