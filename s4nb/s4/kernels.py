@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['SSMOptions', 'of_parameter', 'StructuredKernel', 'DiagKernel', 'dss_kernel', 'DPLRKernel']
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #d8f1694b
+# %% ../../nbs/3_s4/17_kernels.ipynb #6954f103
 from dataclasses import dataclass
 
 import torch
 from ..module import one_of, options
 from ..ops.cauchy_sum import cauchy
 from ..ops.vandermonde_sum import log_vandermonde
-from .generating import bilinear_real, dplr_kernel, fold, unfold
+from .generating import discrete_real, dplr_kernel, fold, unfold
 from .initialization import InitOptions, init_dt, initialize, positive, stored
-from .nplr import real_ssm
 from .recurrence import (diag_advance, diag_discretize, dplr_step, dplr_step_terms, state_as_input)
-from ..hippo.discretization import discretize
-from ..ssm.krylov import advance, power
+from ..ssm.krylov import advance
 from ..ssm.layer import Kernel
 
 # %% ../../nbs/3_s4/17_kernels.ipynb #9fc246d5
@@ -50,7 +48,7 @@ def of_parameter(value, key):
         one_of("parameter in lr or wd", got, ("dt", "A", "B", "C"))
     return value.get(key)
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #e25b4f84
+# %% ../../nbs/3_s4/17_kernels.ipynb #e1715be1
 class StructuredKernel(Kernel):
     "Parameters shared by DPLRKernel and DiagKernel; see SSMOptions."
     discs: tuple = ()
@@ -62,8 +60,6 @@ class StructuredKernel(Kernel):
             raise ValueError(f"n_ssm copies are shared by equal numbers of features: n_ssm={s} must divide d_model={d_model}")
         self.n_ssm, self.options = s, opts
         self.disc = one_of(f"disc of {type(self).__name__}", opts.disc or self.discs[0], self.discs)
-        if not opts.dt_tie and "dss" not in self.discs:
-            raise ValueError(f"{type(self).__name__} has one step size per feature (its low-rank term couples the modes): dt_tie=False needs mode 'diag'")
         A, P, B, C0 = initialize(d_state, s, opts)
         dt = init_dt(d_model, m, opts.dt_min, opts.dt_max, opts.dt_tie, opts.deterministic)
         C = C0.repeat(d_model // s, 1).expand(channels, -1, -1) if opts.deterministic else torch.randn(channels, d_model, m, dtype=A.dtype)
@@ -197,7 +193,7 @@ def dss_kernel(A, B, C, dt, L, backend=None):
     v = C * B * numerator * reciprocal * torch.where(growing, torch.exp(-a * (L - 1)), torch.ones_like(a))
     return log_vandermonde(v, a, L, backend=backend) / 2
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #8a56807e
+# %% ../../nbs/3_s4/17_kernels.ipynb #05e78ed2
 class DPLRKernel(StructuredKernel):
     """S4: kernel of diagonal-plus-low-rank SSMs, bilinear (Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces").
 
@@ -221,9 +217,9 @@ class DPLRKernel(StructuredKernel):
         self.store("C", C, "C")
 
     def system(self, rate=1.0):
-        "Lambda (h m), P (r h m), B (h m), dt (h) at this sampling rate."
+        "Lambda (h m), P (r h m), B (h m), dt (h 1) or (h m) at this sampling rate."
         P, B = torch.view_as_complex(self.P), torch.view_as_complex(self.B)
-        return self.A(), self.share(P), self.share(B.unsqueeze(0)).squeeze(0), self.dt().squeeze(-1) * rate
+        return self.A(), self.share(P), self.share(B.unsqueeze(0)).squeeze(0), self.dt() * rate
 
     def true_C(self):
         "C (c h m), whichever of C and C_tilde the parameter holds."
@@ -262,7 +258,7 @@ class DPLRKernel(StructuredKernel):
         B = B.unsqueeze(0)
         if state is not None:
             B = torch.cat([B, state_as_input(Lambda, P, state, dt)])
-        K = dplr_kernel(Lambda, P, B, C.to(Lambda.dtype), dt, l, self.cauchy)[..., :L]
+        K = dplr_kernel(Lambda, P, B, C, dt, l, self.cauchy)[..., :L]
         return K[0], None if state is None else K[1:]
 
     def cauchy(self, v, z, w):
@@ -270,12 +266,10 @@ class DPLRKernel(StructuredKernel):
 
     def advance(self, u, state=None, rate=1.0, lengths=None):
         "State (b h m) after the last valid input of u (b h l), float64 inside."
-        Lambda, P, B, dt = self.system(rate)
-        A_r, B_r, _ = real_ssm(*(x.to(torch.complex128) for x in (Lambda, P, B, B)))
         if state is not None:
             state = torch.cat([state.real, state.imag], -1).double()
-        new = advance(*discretize(A_r, B_r, dt.double()), u.double(), state, lengths)
-        return torch.complex(*new.chunk(2, -1)).to(Lambda.dtype)
+        new = torch.complex(*advance(*discrete_real(*self.system(rate)), u.double(), state, lengths).chunk(2, -1))
+        return new if u.dtype == torch.float64 else new.to(torch.complex64)
 
     def step(self, u, state):
         "u (b h), state (b h m) -> y (b c h), new state."

@@ -18,13 +18,12 @@ def diag_discretize(A, B, dt, disc="zoh"):
         return a, B * torch.expm1(a) / A
     return 2 * torch.atanh(a / 2), dt * B / (1 - a / 2)
 
-# %% ../../nbs/3_s4/16_recurrence.ipynb #1c655199
+# %% ../../nbs/3_s4/16_recurrence.ipynb #de9025c9
 def dplr_step_terms(Lambda, P, B, dt):
-    """What the O(N) bilinear step of a DPLR system needs, computed once: Lambda (h m), P (r h m), B (h m), dt (h).
+    """What the O(N) bilinear step of a DPLR system needs, computed once: Lambda, B (h m), P (r h m), dt (h 1) or (h m).
 
     Returns D (h m), E (h m), P, Q (r h m) and 2B (h m): see `dplr_step`.
     """
-    dt = dt.unsqueeze(-1)
     D, E = 1 / (2 / dt - Lambda), 2 / dt + Lambda
     PDP = 2 * torch.einsum("ihm,hm,jhm->hij", P.conj(), D, P).real
     M = torch.linalg.inv(torch.eye(P.shape[0], dtype=PDP.dtype, device=PDP.device) + PDP)
@@ -51,8 +50,8 @@ def diag_advance(x, Bb, u, state, lengths=None):
         return new
     return new + state * torch.exp(x * lengths[:, None, None])
 
-# %% ../../nbs/3_s4/16_recurrence.ipynb #281616d9
+# %% ../../nbs/3_s4/16_recurrence.ipynb #44b471cc
 def state_as_input(Lambda, P, state, dt):
     "The input vectors (b h m) whose impulse response is what `state` (b h m) contributes to the outputs of a bilinear DPLR system."
     A_state = Lambda * state - torch.einsum("rhm,bhr->bhm", P, both(P.conj(), state))
-    return state / dt.unsqueeze(-1) + A_state / 2
+    return state / dt + A_state / 2
