@@ -14,7 +14,7 @@ import torch
 
 from .cauchy_sum import OPS, Op, common_dtype, full_precision, pick
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #d07f11b1
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #b693e64e
 def baby_steps(L):
     "The power of two B, about sqrt(L), such that l = k B + j splits L powers into two short tables."
     return 2 ** math.ceil(math.log2(max(L, 1)) / 2)
@@ -27,12 +27,11 @@ def powers(x, n, step=1):
     while (s := table.shape[-2]) < n: table = torch.cat([table, table * torch.exp(x * s)], -2)
     return table[..., :n, :]
 
-
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #efed8a8a
 def as_reals(x):
     "Complex (... m) -> real (... 2m), real and imaginary parts interleaved."
     return torch.view_as_real(x.resolve_conj()).flatten(-2)
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #09058d35
 def sum_of_powers(v, x, L, conj):
     "v, x (... m) -> (... L): sum_m v_m e^(x_m l), or twice its real part, as one matrix product."
     B = baby_steps(L)
@@ -42,7 +41,7 @@ def sum_of_powers(v, x, L, conj):
     with full_precision(x.device): K = torch.einsum("...km,...jm->...kj", giant, baby)
     return K.flatten(-2)[..., :L]
 
-
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #583adf48
 def sum_over_time(u, x):
     "u (... L) real or complex, x (... m) -> (... m): sum_l u_l e^(x_m l), the transposed matrix."
     B = baby_steps(u.shape[-1])
