@@ -12,14 +12,15 @@ TARGET = ROOT / "_docs"
 
 
 def page(path):
-    "The HTML of one notebook: hidden cells left out, directives removed, links between notebooks turned into links between pages."
+    "The HTML of one notebook: no hidden cells, no directives, links between notebooks turned into links between pages."
     nb = nbformat.read(path, 4)
     nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*(hide\b|default_exp)", c.source, re.M)]
     for c in nb.cells:
         if c.cell_type != "code": continue
         if re.search(r"^#\|\s*echo: false", c.source, re.M): c.metadata["transient"] = {"remove_source": True}
         c.source = DIRECTIVE.sub("", c.source)
-    html, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb, {"metadata": {"name": path.stem}})
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    html, _ = exporter.from_notebook_node(nb, {"metadata": {"name": path.stem}})
     return re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb', r"\1.html", html)
 
 

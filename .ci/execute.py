@@ -1,7 +1,8 @@
-"""Execute notebooks in place, as a reader would, and keep their outputs: python .ci/execute.py [--flags "slow gpu"] [NOTEBOOK ...]
+"""Execute notebooks in place, as a reader would: python .ci/execute.py [--flags "slow gpu"] [NOTEBOOK ...]
 
-Without paths: every notebook of the book. Cells flagged slow, gpu or data are left out unless asked for, and keep the outputs they
-have. Nothing that changes from run to run is written: no execution counts, times or kernel metadata; nbdev_clean has the last word.
+Without paths: every notebook of the book. Cells flagged slow, gpu or data are left out unless asked for, and keep the
+outputs they have. Nothing that changes from run to run is written: no execution counts, times or kernel metadata;
+nbdev_clean has the last word.
 Unlike the tests, this runs exported cells as they stand, so export first (`make notebooks` does).
 """
 import argparse
@@ -27,7 +28,8 @@ def book():
 def left_out(cell, flags):
     "Is this code cell kept from running by a flag that was not asked for, or by `eval: false`?"
     found = re.findall(r"^\s*#\s*\|\s*(\w+):?[ \t]*(\w*)", cell.source, re.M)
-    return cell.cell_type == "code" and any(name in set(FLAGS) - set(flags) or (name, value) == ("eval", "false") for name, value in found)
+    stops = [name for name, value in found if name in set(FLAGS) - set(flags) or (name, value) == ("eval", "false")]
+    return cell.cell_type == "code" and bool(stops)
 
 
 def join_streams(outputs):

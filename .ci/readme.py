@@ -1,6 +1,6 @@
 """Execute nbs/index.ipynb and write README.md from its text, code and outputs: python .ci/readme.py
 
-It is executed in a temporary copy of the files that git knows, so that runs and drafts that are not part of the book do not show up.
+It is executed in a temporary copy of the files that git knows, so that private runs and drafts do not show up.
 """
 import posixpath
 import re
@@ -38,8 +38,9 @@ def parts(cell):
     "The pieces of markdown that a cell gives."
     if cell.cell_type == "markdown": return [from_root(cell.source)]
     if re.search(r"^#\|\s*hide\b", cell.source, re.M): return []
-    code = [] if re.search(r"^#\|\s*echo: false", cell.source, re.M) else [f"```python\n{DIRECTIVE.sub('', cell.source).strip()}\n```"]
-    return code + [output(o) for o in cell.outputs]
+    shown = [output(o) for o in cell.outputs]
+    if re.search(r"^#\|\s*echo: false", cell.source, re.M): return shown
+    return [f"```python\n{DIRECTIVE.sub('', cell.source).strip()}\n```"] + shown
 
 
 def render(nb):
@@ -50,9 +51,9 @@ def render(nb):
 
 def fresh_index():
     "nbs/index.ipynb, executed on the files that git knows."
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     with tempfile.TemporaryDirectory() as folder:
-        for f in [f for f in listed if (ROOT / f).is_file()]:
+        for f in [f for f in listed.stdout.splitlines() if (ROOT / f).is_file()]:
             (Path(folder) / f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / f, Path(folder) / f)
         return execute(Path(folder) / "nbs/index.ipynb", root=folder)

@@ -1,9 +1,9 @@
 """pytest runs every notebook of the book as one test.
 
-The cells run in order in a fresh IPython shell, in the notebook's folder. An exported cell is not run: it is replaced by an import
-of the names it defines from the module it was exported to, so that what the other cells test is the module. Cells flagged `slow`,
-`gpu` or `data` are left out unless asked for: `pytest nbs --flags "slow gpu"`. What a notebook changes for the whole process
-(default dtype, seeds, environment, plots, ...) is put back before the next one.
+The cells run in order in a fresh IPython shell, in the notebook's folder. An exported cell is not run: it is replaced by
+an import of the names it defines from the module it was exported to, so that what the other cells test is the module.
+Cells flagged `slow`, `gpu` or `data` are left out unless asked for: `pytest nbs --flags "slow gpu"`. What a notebook
+changes for the whole process (default dtype, seeds, environment, plots, ...) is put back before the next one.
 """
 import atexit
 import difflib
@@ -40,7 +40,7 @@ DIRECTIVES = FLAGS + EXPORTS + (
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(\S+)\s*(.*?)\s*$")
 
 
-# ---- reading and checking -----------------------------------------------------------------------------------------------------
+# ---- reading and checking --------------------------------------------------------------------------------------------
 class NotebookError(Exception):
     "What is wrong with a notebook, said in one message."
 
@@ -65,16 +65,17 @@ class Cell:
 
 
 def directives_of(index, source):
-    "The `#|` lines at the top of a cell, {name: rest}; one that is unknown, or stands below the first line of code, is an error."
+    "The `#|` lines at the top of a cell, {name: rest}; one that is unknown, or stands below code, is an error."
     found, at_top = {}, True
     for line in source.splitlines():
         match = DIRECTIVE.match(line)
         if match and not at_top:
-            raise NotebookError(f"cell {index}: `{line.strip()}` stands below code, where it has no effect; move it to the top of the cell")
+            raise NotebookError(f"cell {index}: `{line.strip()}` stands below code, where it has no effect; "
+                                "move it to the top of the cell")
         if match and match[1] not in DIRECTIVES:
             near = difflib.get_close_matches(match[1], DIRECTIVES, 1)
-            raise NotebookError(f"cell {index}: unknown directive `{line.strip()}`" + (f"; did you mean `#| {near[0]}`?" if near else
-                                "; known are " + ", ".join(DIRECTIVES)))
+            hint = f"did you mean `#| {near[0]}`?" if near else "known are " + ", ".join(DIRECTIVES)
+            raise NotebookError(f"cell {index}: unknown directive `{line.strip()}`; {hint}")
         if match: found[match[1]] = match[2]
         elif line.strip(): at_top = False
     return found
@@ -113,22 +114,26 @@ def read_cells(path):
 def check_exports(cells):
     "At most one module to a notebook, every exported cell has one, and is neither flagged nor sent elsewhere."
     targets = [c for c in cells if "default_exp" in c.directives]
-    if len(targets) > 1: raise NotebookError(f"cell {targets[1].index}: a second default_exp; a notebook is exported to one module")
-    for c in cells:
-        if not c.exported: continue
-        if not targets: raise NotebookError(f"cell {c.index} is exported, but no cell says `#| default_exp pkg.module`")
-        if c.flags: raise NotebookError(f"cell {c.index} is exported and flagged {sorted(c.flags)}; a flag belongs to a cell that only shows something")
-        if any(c.directives.get(e) for e in EXPORTS): raise NotebookError(f"cell {c.index} is exported to a module of its own")
+    if len(targets) > 1:
+        raise NotebookError(f"cell {targets[1].index}: a second default_exp; a notebook is exported to one module")
+    for c in [c for c in cells if c.exported]:
+        if not targets:
+            raise NotebookError(f"cell {c.index} is exported, but no cell says `#| default_exp pkg.module`")
+        if c.flags:
+            raise NotebookError(f"cell {c.index} is exported and flagged {sorted(c.flags)}; "
+                                "a flag belongs to a cell that only shows something")
+        if any(c.directives.get(e) for e in EXPORTS):
+            raise NotebookError(f"cell {c.index} is exported to a module of its own; drop what follows `export`")
 
 
 def check_flags(cells):
-    "Flags stand on leaf cells: nothing that a flagged cell defines is read in a later cell without that flag, unless defined there."
+    "Flags stand on leaf cells: no later cell without that flag reads what a flagged cell defines, unless it defines it too."
     for i, flagged in enumerate(cells):
         for c in cells[i + 1:]:
             lost = (flagged.binds & c.uses) - c.binds if flagged.flags - c.flags else set()
             if lost:
-                raise NotebookError(f"cell {flagged.index} is flagged {sorted(flagged.flags)} and defines {sorted(lost)}, which cell {c.index} "
-                                    "reads; it is not there when the flagged cell is left out")
+                raise NotebookError(f"cell {flagged.index} is flagged {sorted(flagged.flags)} and defines {sorted(lost)}, "
+                                    f"which cell {c.index} reads; it is not there when the flagged cell is left out")
 
 
 def module_of(cells, root=ROOT):
@@ -139,7 +144,7 @@ def module_of(cells, root=ROOT):
     return f"{config['DEFAULT']['lib_name']}.{target[0]}" if target else None
 
 
-# ---- the process-wide state a notebook may change -----------------------------------------------------------------------------
+# ---- the process-wide state a notebook may change --------------------------------------------------------------------
 def _set_environ(saved):
     for k in os.environ.keys() - saved.keys(): del os.environ[k]
     os.environ.update(saved)
@@ -147,7 +152,7 @@ def _set_environ(saved):
 
 def _set_filters(saved):
     warnings.filters[:] = saved
-    warnings._filters_mutated_lock_held() if hasattr(warnings, "_filters_mutated_lock_held") else warnings._filters_mutated()
+    warnings._filters_mutated()
 
 
 def _set_logging(saved):
@@ -197,10 +202,11 @@ def untouched():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # rcParams warns of its own deprecated keys
             dict.update(matplotlib.rcParams, rc)
-        if "hydra.core.global_hydra" in sys.modules: sys.modules["hydra.core.global_hydra"].GlobalHydra.instance().clear()
+        hydra = sys.modules.get("hydra.core.global_hydra")
+        if hydra: hydra.GlobalHydra.instance().clear()
 
 
-# ---- running ------------------------------------------------------------------------------------------------------------------
+# ---- running ---------------------------------------------------------------------------------------------------------
 class Shell(InteractiveShell):
     "IPython without a terminal, a history or a traceback printer; errors are returned, not shown."
     def enable_gui(self, gui=None): pass
@@ -225,7 +231,7 @@ def shell():
 
 
 def draw_figures():
-    "Draw the open figures, as Jupyter does after each cell, so that an error in a plot is an error of its cell; then close them."
+    "Draw and close the open figures, as Jupyter does after each cell, so that an error in a plot is one of its cell."
     plt = sys.modules.get("matplotlib.pyplot")
     if plt is None: return
     try:
@@ -234,7 +240,7 @@ def draw_figures():
 
 
 def run_cell(sh, cell, source):
-    "Run `source` for `cell`; what it raises is raised here as NotebookError, with the cell and the traceback from the cell on."
+    "Run `source` for `cell`; what it raises comes out as NotebookError, with the cell and the traceback from it on."
     name = f"<cell {cell.index}>"
     sh.compile.get_code_name = lambda raw, transformed, number: name
     result = sh.run_cell(source)
@@ -269,9 +275,9 @@ def run_notebook(path, flags=(), root=ROOT):
     return skipped
 
 
-# ---- pytest -------------------------------------------------------------------------------------------------------------------
+# ---- pytest ----------------------------------------------------------------------------------------------------------
 def pytest_addoption(parser):
-    parser.addoption("--flags", default="", help='also run the notebook cells with these flags, such as "slow gpu data"')
+    parser.addoption("--flags", default="", help='also run notebook cells with these flags, such as "slow gpu data"')
 
 
 def pytest_configure(config):
@@ -280,7 +286,7 @@ def pytest_configure(config):
 
 
 def pytest_collect_file(file_path, parent):
-    if file_path.suffix == ".ipynb" and re.match(r"\d\d_|index\.", file_path.name) and ".ipynb_checkpoints" not in file_path.parts:
+    if file_path.suffix == ".ipynb" and re.match(r"\d\d_|index\.", file_path.name):
         return NotebookFile.from_parent(parent, path=file_path)
 
 
@@ -309,4 +315,6 @@ def pytest_terminal_summary(terminalreporter):
     skipped = Counter()
     for report in terminalreporter.stats.get("passed", []):
         skipped.update(dict(report.user_properties).get("skipped_cells", {}) if report.when == "call" else {})
-    if skipped: terminalreporter.write_line("notebook cells left out by flag: " + ", ".join(f"{n} {flag}" for flag, n in sorted(skipped.items())))
+    if skipped:
+        counts = ", ".join(f"{n} {flag}" for flag, n in sorted(skipped.items()))
+        terminalreporter.write_line(f"notebook cells left out by flag: {counts}")

@@ -1,4 +1,4 @@
-"""What a newcomer meets first: the setup refuses what cannot work in one line, and the make targets name things that are there."""
+"""What a newcomer meets first: the setup refuses in one line what cannot work, and `make` lists what it can do."""
 import re
 import shutil
 import subprocess
@@ -24,7 +24,8 @@ def interpreter(path, before):
 
 
 def setup(checkout, *args, **env):
-    return subprocess.run([checkout / ".ci/setup", *args], cwd=checkout, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env or None)
+    return subprocess.run([checkout / ".ci/setup", *args], cwd=checkout, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env=env or None)
 
 
 @pytest.mark.parametrize("before, said", [
