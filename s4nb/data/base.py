@@ -245,9 +245,9 @@ class EpochOrder(Sampler):
             order = [i for batch in batches for i in batch] + short
         return iter(order)
 
-# %% ../../nbs/5_data/30_base.ipynb #e6cda36d
+# %% ../../nbs/5_data/30_base.ipynb #b7930c71
 class DataModule:
-    """A task: `card`, `prepare()`, datasets `train` `val` `test`, `loader(split, …)`. Subclasses define `load`, `prepare`.
+    """A task: `card`, `prepare()`, datasets `train` `val` `test`, `loader(split, …)`. Subclasses define `load`.
 
     Attributes: name, d_output, l_max, and n_tokens (int input (b l)) or d_input (float input (b l d)).
     """
