@@ -34,14 +34,15 @@ def full_precision(device):
         for k, was in zip(knobs, asked): k.fp32_precision = was
         if legacy: torch.set_float32_matmul_precision(legacy)
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #04aa26f3
+# %% ../../nbs/3_s4/13_cauchy.ipynb #b49be174
 def cauchy_tile(v, z, w, conj):
     "The sum on one tile: v (b r m), z (b l), w (b m) -> (b r l), one reciprocal for each pair of a mode and a node."
     d = z[:, None] - w[..., None]
     if not conj: return v @ d.reciprocal_()
     d *= z[:, None] - w.conj()[..., None]
     r = torch.view_as_real(d.reciprocal_()).flatten(-2)
-    ab = torch.cat([2 * v.real, 2 * (v * w.conj()[:, None]).real], 1)
+    b = (v.to(torch.complex128) * w.conj()[:, None]).real              # may cancel: in double, it is m numbers only
+    ab = 2 * torch.cat([v.real, b.to(v.real.dtype)], 1)
     sum_a, sum_b = torch.view_as_complex((ab @ r).unflatten(-1, (-1, 2))).chunk(2, 1)
     return z[:, None] * sum_a - sum_b
 
