@@ -41,7 +41,7 @@ def check_discretize(A, B, method, alpha):
     if A.ndim < 2 or A.shape[-1] != A.shape[-2] or B.ndim < 1 or B.shape[-1] != A.shape[-1]:
         raise ValueError(f"A must be (… n n) and B (… n); got A {tuple(A.shape)} and B {tuple(B.shape)}")
 
-# %% ../../nbs/1_hippo/03_discretization.ipynb #71a1b3f8
+# %% ../../nbs/1_hippo/03_discretization.ipynb #da76e51f
 def discretize(A, B, dt, method="bilinear", alpha=None):
     """Ab (… n n), Bb (… n) of one step of length dt (…) of x' = A x + B u with A (… n n), B (… n).
 
@@ -50,7 +50,8 @@ def discretize(A, B, dt, method="bilinear", alpha=None):
     """
     check_discretize(A, B, method, alpha)
     dtype = torch.promote_types(A.dtype, B.dtype)
-    dt = torch.as_tensor(dt, dtype=None if torch.is_tensor(dt) and dt.is_complex() else dtype.to_real(), device=A.device)
+    real = not (torch.is_tensor(dt) and dt.is_complex())
+    dt = torch.as_tensor(dt, dtype=dtype.to_real() if real else dtype.to_complex(), device=A.device)
     dims = torch.broadcast_shapes(A.shape[:-2], B.shape[:-1], dt.shape)
     A = (A * dt[..., None, None]).to(dtype).expand(*dims, *A.shape[-2:])
     B = (B * dt[..., None]).to(dtype).expand(*dims, B.shape[-1])

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['white_from_normals', 'white_signal', 'HiPPO']
 
-# %% ../../nbs/1_hippo/04_memory.ipynb #c6f7751c
+# %% ../../nbs/1_hippo/04_memory.ipynb #c5882be4
 import math
 
 import torch
 from torch import nn
 
 from .discretization import check_discretize, discretize
-from .projection import basis
+from .projection import reconstruct
 from .transition import transition
 
-# %% ../../nbs/1_hippo/04_memory.ipynb #f439a158
+# %% ../../nbs/1_hippo/04_memory.ipynb #b5e69f5c
 def white_from_normals(g, freq, dt, rms=0.5):
     "Band-limited white signal (… 2n), zero at its start, from standard normals g (2 … n+1): imaginary and real parts."
     n = g.shape[-1] - 1
     z = torch.complex(g[1], g[0]) * rms * math.sqrt(0.5)
     keep = torch.fft.rfftfreq(2 * n, dt, dtype=g.dtype, device=g.device) <= freq
     if not keep[1:].any():
-        raise ValueError(f"no frequency of a signal of length {2 * n * dt:g} lies below freq={freq:g}; raise freq or the period")
+        raise ValueError(f"a signal of length {2 * n * dt:g} has no frequency up to freq={freq:g}; raise freq or the period")
     z = z * keep / torch.sqrt(1 - (~keep).sum() / n) * math.sqrt(2 * n)
     z[..., 0] = 0
     z[..., -1].imag.zero_()
@@ -31,12 +31,12 @@ def white_from_normals(g, freq, dt, rms=0.5):
 
 
 def white_signal(period, dt, freq, rms=0.5, batch=(), generator=None):
-    "Gaussian signal (*batch, L), float64, L = period/dt rounded up to even, with no content above `freq` (per unit time)."
+    "Gaussian signal (*batch, L), float64, L = period/dt rounded up to even, with no content above `freq` (per time)."
     n = math.ceil(period / dt / 2)
     g = torch.randn(2, *batch, n + 1, dtype=torch.float64, generator=generator)
     return white_from_normals(g, freq, dt, rms)
 
-# %% ../../nbs/1_hippo/04_memory.ipynb #96bf8119
+# %% ../../nbs/1_hippo/04_memory.ipynb #ef57a204
 class HiPPO(nn.Module):
     """Online projection of a signal: c_k = Ab c_{k-1} + Bb u_k, c_0 = 0 (HiPPO, section 2).
 
@@ -67,7 +67,7 @@ class HiPPO(nn.Module):
     def forward(self, u):
         "Coefficients c (… L N) after each sample of a real signal u (… L)."
         if not u.is_floating_point() or u.ndim < 1 or u.shape[-1] < 1 or not torch.isfinite(u).all():
-            raise ValueError(f"u must be a real, finite signal (… L) with L ≥ 1; got {u.dtype} of shape {tuple(u.shape)}")
+            raise ValueError(f"u must be a real, finite signal (… L), L ≥ 1; got {u.dtype} of shape {tuple(u.shape)}")
         signal, c, path = u.to(self.A.dtype), self.A.new_zeros(*u.shape[:-1], self.N), []
         for k in torch.arange(1, u.shape[-1] + 1, device=u.device).split(256):    # bounds the memory of the scaled form
             Ab, Bb = self.matrices(k)
@@ -82,5 +82,5 @@ class HiPPO(nn.Module):
 
         Ages are in the units of dt; for a scaled memory they are fractions of the elapsed time: 0 is now, 1 the start.
         """
-        age = -torch.log1p(-t) if self.scaled else t
-        return c @ basis(self.measure, self.N, age).to(c.dtype).mT
+        t = t.to(c.dtype)
+        return reconstruct(c, self.measure, -torch.log1p(-t) if self.scaled else t)

@@ -86,9 +86,9 @@ def basis(measure, N, t):
         return laguerre(N, t, decay=0.495) / 0.1
     return fourier_functions(N, t / w)
 
-# %% ../../nbs/1_hippo/01_projection.ipynb #f445c430
+# %% ../../nbs/1_hippo/01_projection.ipynb #58d90e37
 def project(u, measure, N, T, panels=200):
-    "Coefficients c (N) of the past of a function u (times → values, zero before time 0) seen from time T, by quadrature."
+    "Coefficients c (N) of the past, seen from time T, of a function u of time that is zero before 0; by quadrature."
     t, w = quadrature(0.0, min(T, window(measure)), panels)
     norm = 2 * torch.arange(N, dtype=torch.float64) + 1 if measure == "lmu" else 1.0
     return torch.einsum("t,tn->n", w * density(measure, t) * u(T - t), basis(measure, N, t)) * norm

@@ -12,17 +12,17 @@ import math
 
 import torch
 
-# %% ../../nbs/1_hippo/02_transition.ipynb #206c0646
+# %% ../../nbs/1_hippo/02_transition.ipynb #c1e104ae
 def legs(N):
-    "LegS: scaled Legendre, the whole past. A (N,N), B (N) (HiPPO, eq. 3)."
+    "LegS: scaled Legendre, the whole past. A (N,N), B (N) (HiPPO, Theorem 2; S4, eq. 2)."
     n = torch.arange(N, dtype=torch.float64)
     r = torch.sqrt(2 * n + 1)
     A = -torch.outer(r, r).tril(-1) - torch.diag(n + 1)
     return A, r
 
-# %% ../../nbs/1_hippo/02_transition.ipynb #4a53a3ea
+# %% ../../nbs/1_hippo/02_transition.ipynb #92a5d221
 def legsd(N):
-    "The normal part of LegS (S4D, section 4: S4D-LegS before diagonalisation): A + BBᵀ/2 and B/2."
+    "The normal part of LegS (S4D-LegS before diagonalisation): A + BBᵀ/2 and B/2."
     A, B = legs(N)
     return A + 0.5 * torch.outer(B, B), 0.5 * B
 
@@ -68,7 +68,7 @@ def lmu(N):
     d = alternating(N) * legs(N)[1]
     return 2 * d[:, None] * A / d, 2 * d * B
 
-# %% ../../nbs/1_hippo/02_transition.ipynb #0491d284
+# %% ../../nbs/1_hippo/02_transition.ipynb #f2d66a76
 def rotations(N, frequency):
     "Skew S (N,N) that turns coordinates (2k, 2k+1) at angular speed k·frequency, and q = (1, 0, √2, 0, √2, …)."
     w = frequency * torch.arange((N + 1) // 2, dtype=torch.float64)
@@ -85,7 +85,7 @@ def foud(N):
 
 
 def fout(N):
-    "FouT (fourier): truncated Fourier, a sliding window of length 2 (How to Train Your HiPPO, section 4)."
+    "FouT (fourier): truncated Fourier, a sliding window of length 2 (How to Train Your HiPPO)."
     S, q = rotations(N, math.pi)
     return S - torch.outer(q, q), q
 
@@ -120,7 +120,7 @@ TRANSITIONS = {
     "fourier2": fourier2, "random": random_dense, "diagonal": random_diagonal,
 }
 
-# %% ../../nbs/1_hippo/02_transition.ipynb #f72381f0
+# %% ../../nbs/1_hippo/02_transition.ipynb #60819e11
 def transition(measure, N, alpha=None, beta=None, generator=None):
     """A (N,N) and B (N), float64, of x' = A x + B u for a named measure.
 
@@ -134,12 +134,12 @@ def transition(measure, N, alpha=None, beta=None, generator=None):
     given = {k: v for k, v in dict(alpha=alpha, beta=beta, generator=generator).items() if v is not None}
     known = list(inspect.signature(TRANSITIONS[measure]).parameters)[1:]
     if stray := [k for k in given if k not in known]:
-        raise ValueError(f"measure {measure!r} has no parameter {', '.join(stray)}; it has {', '.join(known) or 'none'}")
+        raise ValueError(f"measure {measure!r} has no parameter {', '.join(stray)}, but {', '.join(known) or 'none'}")
     return TRANSITIONS[measure](int(N), **given)
 
-# %% ../../nbs/1_hippo/02_transition.ipynb #367316b5
+# %% ../../nbs/1_hippo/02_transition.ipynb #5bfeef2e
 def rank_correction(measure, N, rank=1):
-    """P (rank,N), float64, such that A + Σ_r P_r P_rᵀ is normal (S4, appendix C.1). Spare rows are zero.
+    """P (rank,N), float64, such that A + Σ_r P_r P_rᵀ is normal (S4, appendix C). Spare rows are zero.
 
     Raises ValueError when `rank` is below what the measure needs (2 for legt, else 1) or no such P is known.
     """
