@@ -21,13 +21,14 @@ def _same(a, b):
     "Whether two tensors agree in dtype, device and every number."
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
-# %% ../../nbs/2_lssl/10_lssl.ipynb #00e886a0
+# %% ../../nbs/2_lssl/10_lssl.ipynb #538bd774
 class DenseKernel(Kernel):
     """K_l = C Ab^l Bb with a dense real A: `n_ssm` (s) copies of a HiPPO SSM, by default one for each feature.
 
     Stores A (s n n), B (s n), C (c h n) and inv_dt (h 1), dt = exp(inv_dt), at first log-uniform in [dt_min, dt_max];
-    feature i runs SSM i mod s, discretised by `disc`. `learn` names those of A, B, dt that train, with learning rate `lr`; the rest is frozen,
-    C always trains. A learned dense A may leave the stable region: nothing here keeps its eigenvalues on the left."""
+    feature i runs SSM i mod s, discretised by `disc`. `learn` names those of A, B, dt that train, with learning rate
+    `lr`; the rest is frozen, C always trains. A learned dense A may leave the stable region: nothing here keeps its
+    eigenvalues on the left."""
 
     def __init__(self, d_model, d_state=64, channels=1, measure="legs", learn=("A", "B", "dt"), n_ssm=None,
                  dt_min=1e-3, dt_max=1e-1, disc="bilinear", lr=None):
@@ -75,9 +76,9 @@ class DenseKernel(Kernel):
 
     def __getstate__(self): return {**self.__dict__, "_cache": None}    # copies and pickles start afresh
 
-# %% ../../nbs/2_lssl/10_lssl.ipynb #878847a3
+# %% ../../nbs/2_lssl/10_lssl.ipynb #7927a7a3
 class LSSL(SSMLayer):
-    """The linear state space layer of Gu et al. 2021 (arXiv 2110.13985): an SSMLayer over a DenseKernel, (b l h) -> (b l h).
+    """The linear state space layer (Gu et al. 2021, arXiv 2110.13985): an SSMLayer over a DenseKernel.
 
     `learn=()` is LSSL-fixed: C, D and the mixing train, the SSM does not. Arguments as in DenseKernel and SSMLayer;
     `channels` counts outputs per feature (a bidirectional layer has a kernel each way for each of them)."""
