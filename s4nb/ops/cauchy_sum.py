@@ -165,7 +165,7 @@ OPS = {"cauchy": Op({"torch": cauchy_torch, "keops": cauchy_keops}, cauchy_examp
 PREFERENCE = {"cpu": ["torch", "keops"], "cuda": ["torch", "keops"]}
 HINTS = {"keops": "pip install pykeops; after an interrupted compilation pykeops.clean_pykeops()"}
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #60a1d733
+# %% ../../nbs/3_s4/13_cauchy.ipynb #7b060f6c
 def trial(op, backend, device, dtype):
     "Outputs and gradients of one backend on the op's examples."
     results = []
@@ -195,8 +195,8 @@ def backends(device=None):
     The first call may compile."""
     devices = [device] if device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
     def state(op, backend):
-        on = [[usable(op, backend, d, t) for t in (torch.complex64, torch.complex128)] for d in devices]
-        return min(("; ".join(dict.fromkeys(s)) for s in on), key=lambda s: s != "ok")
+        on = [next((s for t in (torch.complex64, torch.complex128) if (s := usable(op, backend, d, t)) != "ok"), "ok") for d in devices]
+        return "ok" if "ok" in on else "; ".join(on)
     return {name: {b: state(name, b) for b in op.backends} for name, op in OPS.items()}
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #987b95ef
