@@ -14,10 +14,10 @@ from .s4.kernels import DiagKernel, DPLRKernel, StructuredKernel
 from .ssm.layer import SSMLayer
 from .ssm.lssl import DenseKernel
 
-# %% ../nbs/4_models/28_interop.ipynb #a2fcef4c
+# %% ../nbs/4_models/28_interop.ipynb #c5a1a393
 IGNORED = {"omega", "z", "dA", "dB", "dC"}               # recomputed here
 
-
+# %% ../nbs/4_models/28_interop.ipynb #0298d209
 def put(module, name, value):
     "Copy `value` into the parameter or buffer `name` of `module`, in that tensor's dtype; shapes must agree."
     target = getattr(module, name)

@@ -95,7 +95,7 @@ def test_rate_is_exact(rate):
 
 
 def test_initialisation():
-    k = DenseKernel(200, 6, channels=3, measure="legt", n_ssm=50, dt_min=0.02, dt_max=0.5)
+    k = DenseKernel(200, 6, channels=3, init="legt", n_ssm=50, dt_min=0.02, dt_max=0.5)
     A, B = transition("legt", 6)
     assert k.A.shape == (50, 6, 6) and torch.allclose(k.A[7].double(), A, atol=1e-6) and torch.allclose(k.B[7].double(), B, atol=1e-6)
     log_dt = k.inv_dt.detach()
@@ -103,7 +103,7 @@ def test_initialisation():
     assert abs(log_dt.mean() - np.log(0.1)) < 0.3 and abs(k.C.std() - 1) < 0.1      # log-uniform: mean log 0.1, error 0.07
     k.A.data[3] += 1                                                                # feature i runs SSM i mod s
     Ab = k.discrete()[0]
-    fresh = DenseKernel(200, 6, channels=3, measure="legt", n_ssm=50)
+    fresh = DenseKernel(200, 6, channels=3, init="legt", n_ssm=50)
     fresh.inv_dt.data = k.inv_dt.data
     assert torch.equal((fresh.discrete()[0] != Ab).any((1, 2)).nonzero()[:, 0], torch.arange(3, 200, 50))
 
@@ -125,7 +125,7 @@ def test_step_cache_is_never_stale():
 
 
 def test_errors():
-    for bad, message in (({"measure": "leggs"}, "legs"), ({"disc": "bilin"}, "did you mean 'bilinear'"), ({"learn": ("C",)}, "A, B, dt"),
+    for bad, message in (({"init": "leggs"}, "legs"), ({"disc": "bilin"}, "did you mean 'bilinear'"), ({"learn": ("C",)}, "A, B, dt"),
                          ({"n_ssm": 2}, "n_ssm=2 must divide d_model=3"), ({"dt_min": 0.2}, "dt_min <= dt_max"), ({"dt_min": 0.0}, "0 < dt_min")):
         with pytest.raises(ValueError, match=message): DenseKernel(3, 4, **bad)
 

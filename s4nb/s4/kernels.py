@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SSMOptions', 'of_parameter', 'StructuredKernel', 'DiagKernel', 'dss_kernel', 'DPLRKernel']
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #6954f103
+# %% ../../nbs/3_s4/17_kernels.ipynb #ac187a56
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from ..module import one_of, options
@@ -48,7 +49,7 @@ def of_parameter(value, key):
         one_of("parameter in lr or wd", got, ("dt", "A", "B", "C"))
     return value.get(key)
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #e1715be1
+# %% ../../nbs/3_s4/17_kernels.ipynb #79e55a08
 class StructuredKernel(Kernel):
     "Parameters shared by DPLRKernel and DiagKernel; see SSMOptions."
     discs: tuple = ()
@@ -87,18 +88,6 @@ class StructuredKernel(Kernel):
         "Eigenvalues (h m), complex, negative real part."
         return self.share(torch.complex(-positive(self.A_real, self.options.real_transform),
                                         -positive(self.A_imag, self.options.imag_transform)))
-
-    def cached(self, make):
-        "`make()`, remembered until a parameter changes in value, dtype or device; never while gradients are recorded."
-        if torch.is_grad_enabled():
-            return make()
-        now = [t.detach() for t in (*self.parameters(), *self.buffers())]
-        then, result = self.__dict__.get("_cache", (None, None))
-        same = then is not None and all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(then, now))
-        if not same:
-            result = make()
-            self.__dict__["_cache"] = [p.clone() for p in now], result
-        return result
 
     def default_state(self, *batch, device=None):
         "The zero state, complex (*batch h m)."
@@ -193,7 +182,7 @@ def dss_kernel(A, B, C, dt, L, backend=None):
     v = C * B * numerator * reciprocal * torch.where(growing, torch.exp(-a * (L - 1)), torch.ones_like(a))
     return log_vandermonde(v, a, L, backend=backend) / 2
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #05e78ed2
+# %% ../../nbs/3_s4/17_kernels.ipynb #05455984
 class DPLRKernel(StructuredKernel):
     """S4: kernel of diagonal-plus-low-rank SSMs, bilinear (Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces").
 
@@ -249,7 +238,7 @@ class DPLRKernel(StructuredKernel):
             Lambda, P, _, dt = self.system()
             C = fold(C, Lambda, P, dt, int(L))
         self.C.copy_(torch.view_as_real(C.resolve_conj()))
-        self.l_kernel = int(L)
+        self.l_kernel, self._cache = int(L), None
 
     def forward(self, L, rate=1.0, state=None):
         "K (c h L), and with a state (b h m) its contribution K_state (b c h L) to the outputs."
@@ -258,11 +247,8 @@ class DPLRKernel(StructuredKernel):
         B = B.unsqueeze(0)
         if state is not None:
             B = torch.cat([B, state_as_input(Lambda, P, state, dt)])
-        K = dplr_kernel(Lambda, P, B, C, dt, l, self.cauchy)[..., :L]
+        K = dplr_kernel(Lambda, P, B, C, dt, l, partial(cauchy, backend=self.options.backend))[..., :L]
         return K[0], None if state is None else K[1:]
-
-    def cauchy(self, v, z, w):
-        return cauchy(v, z, w, backend=self.options.backend)
 
     def advance(self, u, state=None, rate=1.0, lengths=None):
         "State (b h m) after the last valid input of u (b h l), float64 inside."
@@ -290,7 +276,7 @@ class DPLRKernel(StructuredKernel):
         _, _, missing_keys, unexpected_keys, _ = args
         key = prefix + "l_kernel"
         if key in state_dict:
-            self.l_kernel = int(state_dict[key])
+            self.l_kernel, self._cache = int(state_dict[key]), None
             if key in unexpected_keys:
                 unexpected_keys.remove(key)
         else:

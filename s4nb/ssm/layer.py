@@ -15,7 +15,7 @@ from torch import nn
 from ..module import SequenceModule, TiedDropout, activation, check_input, is_glu, mask_padding
 from ..ops.convolution import long_conv
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #d3b8b33e
+# %% ../../nbs/2_lssl/09_layer.ipynb #d2310f45
 class Kernel(nn.Module):
     """What an SSM layer asks of its SSM: `channels` kernels for each of `d_model` features, and a state of any shape.
 
@@ -25,7 +25,7 @@ class Kernel(nn.Module):
     def __init__(self, d_model, d_state, channels=1):
         super().__init__()
         self.d_model, self.d_state, self.channels = d_model, d_state, channels
-        self.param_options = {}
+        self.param_options, self._cache = {}, None
 
     def register(self, name, tensor, lr=None, weight_decay=0.0):
         """Own `tensor` as `name`: with lr=0.0 frozen (a buffer), otherwise a parameter.
@@ -35,6 +35,17 @@ class Kernel(nn.Module):
         self.register_parameter(name, nn.Parameter(tensor))
         wishes = {"lr": lr, "weight_decay": weight_decay}
         self.param_options[name] = {key: value for key, value in wishes.items() if value is not None}
+
+    def cached(self, make):
+        "`make()`, remembered until a parameter or buffer changes in value, dtype or device; never while gradients are on."
+        if torch.is_grad_enabled(): return make()
+        now = [t.detach() for t in (*self.parameters(), *self.buffers())]
+        then = self._cache[0] if self._cache else []
+        if not (then and all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(then, now))):
+            self._cache = [t.clone() for t in now], make()
+        return self._cache[1]
+
+    def __getstate__(self): return {**self.__dict__, "_cache": None}    # copies and pickles start afresh
 
     def forward(self, L, rate=1.0, state=None):
         "K (c h l), and what `state` s adds to the output, K_state_l = C A^{l+1} s (b c h l), or None without a state."
