@@ -55,6 +55,8 @@ def execute(path, flags=(), root=ROOT):
     for i, c in enumerate(nb.cells):
         if i in kept: c.source, c.outputs = kept[i]
         if c.cell_type == "code": c.outputs, c.execution_count, c.metadata = join_streams(c.outputs), None, {}
+        for o in c.get("outputs", []):
+            if "execution_count" in o: o.execution_count = None
     nb.metadata = METADATA
     return nb
 
