@@ -39,9 +39,9 @@ class LayerNorm(nn.LayerNorm):
 
     step = forward
 
-# %% ../../nbs/4_models/20_backbone.ipynb #c3da1575
+# %% ../../nbs/4_models/20_backbone.ipynb #8e25a443
 class RowNorm(nn.Module):
-    "Normalises every row of x (b l h) by its valid positions: per feature (instance), or over all features (group, affine)."
+    "Normalises each row of x (b l h) over its valid positions: per feature (instance), or jointly (group, affine)."
     local = False  # the statistics of a row need the whole row
     param_options = {"weight": {"weight_decay": 0.0}, "bias": {"weight_decay": 0.0}}
 

@@ -89,7 +89,7 @@ class CustomLayer:
                              "give package.module.Class, with its folder on PYTHONPATH") from error
         return layer(d_model, **self.arguments)
 
-# %% ../../nbs/6_training/42_experiments.ipynb #833ab212
+# %% ../../nbs/6_training/42_experiments.ipynb #0ef73774
 @dataclass
 class SequenceBackbone:
     "Encoder → n_layers residual blocks of `layer` → decoder."
@@ -137,7 +137,7 @@ class ListOpsMiniData(ListOpsData):
     "The same language with expressions of 64 to 256 tokens."
     name: str = "listops-mini"
 
-
+# %% ../../nbs/6_training/42_experiments.ipynb #2c3d7aa8
 @dataclass
 class AdamW:
     "AdamW with the parameter groups of s4nb.training.optimization."
@@ -203,7 +203,7 @@ GROUPS = {
     "trainer": {"default": Trainer},
 }
 
-# %% ../../nbs/6_training/42_experiments.ipynb #67d15791
+# %% ../../nbs/6_training/42_experiments.ipynb #a8e5234c
 EXPERIMENTS = {
     "lra-listops": Experiment(
         name="lra-listops", about="Long Range Arena, ListOps: 500 to 2000 tokens, 10 classes", seed=3333,
@@ -220,11 +220,11 @@ EXPERIMENTS = {
         model=SequenceBackbone(n_layers=3, d_model=64, norm="batch", prenorm=False, decoder="pool",
                                layer=S4Layer(d_state=4, n_ssm=1, bidirectional=True)),
         optimizer=AdamW(lr=0.01, weight_decay=0.05),
-        scheduler=CosineWarmup(warmup=100, total=None),
-        trainer=Trainer(max_epochs=2, threads=2)),
+        scheduler=CosineWarmup(warmup=120, total=None),
+        trainer=Trainer(max_epochs=8, limit_train_batches=300, max_time="00:00:04:00", threads=2)),
 }
 
-# %% ../../nbs/6_training/42_experiments.ipynb #d0426595
+# %% ../../nbs/6_training/42_experiments.ipynb #5bccb417
 def part(e, group):
     "The part of an experiment that a group such as model/layer fills."
     for name in group.split("/"):
@@ -248,7 +248,7 @@ def differences(e, group):
 def node_of(e, chosen=None):
     """The Hydra node of an Experiment: its choices as overrides of the defaults list, then its differences.
 
-    chosen: choices that will replace the experiment's, {group: name}; differences that they have no field for are left out.
+    chosen: choices that replace the experiment's, {group: name}; differences that they have no field for are left out.
     """
     chosen = choices_of(e) | (chosen or {})
     node = {"defaults": [{f"override /{group}": name} for group, name in choices_of(e).items()],
@@ -276,7 +276,7 @@ def register(chosen=None):
     store.store(name="schema", node=Experiment)
     store.store(name="train", node={"defaults": ["schema", *defaults, {"experiment": MISSING}, "_self_"]})
 
-# %% ../../nbs/6_training/42_experiments.ipynb #7363cbce
+# %% ../../nbs/6_training/42_experiments.ipynb #18740686
 def split_override(text):
     "(key, value, mark) of an override; mark is '+', '++', '~' or ''."
     mark = text[:len(text) - len(text.lstrip("+~"))]
@@ -297,7 +297,7 @@ def keys_of(choices):
                  if f"{group}/{f.name}" not in GROUPS}
     return keys
 
-
+# %% ../../nbs/6_training/42_experiments.ipynb #e4e2c533
 def check(overrides):
     """The choices {group: name} among the overrides (the first of each in a sweep).
 
@@ -326,7 +326,7 @@ def check_key(key, value, mark, keys):
     if not mark and key.rpartition(".")[2] not in ("dt", "A", "B"):
         raise ValueError(f"{key} is a new entry of a dictionary: write +{key}={value}")
 
-
+# %% ../../nbs/6_training/42_experiments.ipynb #f548cbb7
 def compose(overrides):
     "The Experiment that a list of overrides makes, one of them experiment=NAME. Anything wrong in it → ValueError."
     chosen = check(overrides)

@@ -40,7 +40,7 @@ class History(L.Callback):
         if trainer.is_global_zero:
             save_rows(self.path, self.rows)
 
-# %% ../../nbs/6_training/44_fit.ipynb #d162c06e
+# %% ../../nbs/6_training/44_fit.ipynb #3023fbaf
 def build(e):
     "The data and the model of an Experiment, both seeded: (data, model). A value that does not fit → ValueError."
     if e.trainer.threads:
@@ -53,7 +53,7 @@ def build(e):
 
 
 def loaders(e, data):
-    "Training, validation and test batches. The order of evaluation is free, so similar lengths are batched: less padding."
+    "Training, validation and test batches. Evaluation may take any order, so it batches similar lengths: less padding."
     size, workers = e.dataset.batch_size, e.dataset.workers
     train = data.loader("train", size, seed=e.seed, bucket=e.dataset.bucket, workers=workers)
     sorted_ = [data.loader(s, size, shuffle=True, seed=0, bucket=10**6, workers=workers) for s in ("val", "test")]
@@ -71,13 +71,13 @@ def make_trainer(e, folder):
                      default_root_dir=folder, enable_progress_bar=t.progress, enable_model_summary=False,
                      num_sanity_val_steps=0)
 
-# %% ../../nbs/6_training/44_fit.ipynb #becc5108
+# %% ../../nbs/6_training/44_fit.ipynb #1ca1bd84
 def finished(e, trainer):
     "Whether the run went its whole length and evaluated everything."
     t = e.trainer
     ended = trainer.current_epoch >= t.max_epochs or trainer.global_step >= t.max_steps > 0
-    whole = all(isinstance(limit, float) and limit == 1.0 for limit in (t.limit_val_batches, t.limit_test_batches))  # 1: one batch
-    return ended and whole and not trainer.interrupted
+    limits = (t.limit_val_batches, t.limit_test_batches)  # 1.0 means all batches, 1 means one
+    return ended and not trainer.interrupted and all(isinstance(limit, float) and limit == 1.0 for limit in limits)
 
 
 def result(e, data, trainer, test):
@@ -95,13 +95,14 @@ def result(e, data, trainer, test):
 
 def circumstances(e, model, command):
     "What the card says before the first step."
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    gpu = torch.cuda.is_available() and e.trainer.accelerator != "cpu"
+    device = torch.cuda.get_device_name() if gpu else processor()
     return {"name": e.name, "state": "partial", "command": command, "seed": e.seed, "device": device,
             "threads": torch.get_num_threads(), "commit": commit(), "versions": versions(),
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "published": e.published, "config": asdict(e)}
 
-
+# %% ../../nbs/6_training/44_fit.ipynb #46de9204
 def fit(e, data, model, command=None):
     "Trains and tests; returns the card, which lies in the run's folder with metrics.csv, config.yaml and curve.png."
     target = Path(e.output_dir or Path("results") / e.name)
@@ -109,7 +110,8 @@ def fit(e, data, model, command=None):
     card = circumstances(e, model, command)
     save_card(folder, card)
     save_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(e)))
-    task = Classification(model, data.d_output, e.optimizer.lr, e.optimizer.weight_decay, e.scheduler.warmup, e.scheduler.total)
+    task = Classification(model, data.d_output, e.optimizer.lr, e.optimizer.weight_decay, e.scheduler.warmup,
+                          e.scheduler.total)
     train, val, test = loaders(e, data)
     trainer = make_trainer(e, folder)
     try:
@@ -125,7 +127,7 @@ def fit(e, data, model, command=None):
             save_curve(folder, data.majority("val")[1], f"{e.name}, seed {e.seed}")
     return card | {"wall_seconds": round(time.monotonic() - begin, 1), "folder": str(folder)}
 
-# %% ../../nbs/6_training/44_fit.ipynb #77086fd1
+# %% ../../nbs/6_training/44_fit.ipynb #42a14244
 def describe(e, data, model):
     "The task card, and the parameter groups."
     return f"{data.card}\n\n{group_table(param_groups(model, e.optimizer.lr, e.optimizer.weight_decay))}\n"
@@ -134,15 +136,15 @@ def describe(e, data, model):
 def summary(card):
     "The result in two lines."
     if "test_accuracy" not in card:
-        return f"no result: the run ended before its first validation; {card['state']}\n{card['folder']}: card.json config.yaml"
+        return f"no result: the run ended before its first validation; {card['state']}\n{card['folder']}: card.json"
     best, majority = card["best_epoch"], card["majority_class"]
-    return (f"test accuracy {100 * card['test_accuracy']:.2f} % (epoch {best['epoch']} of {card['epochs']}, the best by validation); "
-            f"majority class {100 * majority['share']:.2f} %; {card['state']}\n"
+    return (f"test accuracy {100 * card['test_accuracy']:.2f} % (epoch {best['epoch']} of {card['epochs']}, the best by "
+            f"validation); majority class {100 * majority['share']:.2f} %; {card['state']}\n"
             f"{card['folder']}: card.json metrics.csv config.yaml curve.png")
 
 
 def run(e: Experiment, command=None, built=None):
-    "Runs an Experiment and returns its card (a dict). command: what the card says was typed; built: the result of build(e)."
+    "Runs an Experiment and returns its card (a dict). command: what was typed, for the card; built: build(e), if done."
     data, model = built or build(e)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():

@@ -43,19 +43,20 @@ def param_groups(model, lr, weight_decay):
             group["names"].append(f"{prefix}.{name}".lstrip("."))
     return list(groups.values())
 
-# %% ../../nbs/6_training/40_optimization.ipynb #0572c154
+# %% ../../nbs/6_training/40_optimization.ipynb #06ddfa5f
 def group_table(groups):
     "The groups as text: one line each, with its options, sizes and the ends of its parameters' names."
     lines = [f"{'lr':>8} {'decay':>8} {'tensors':>8} {'numbers':>9}  names"]
     for group in groups:
         short = sorted({".".join([p for p in name.split(".") if not p.isdigit()][-2:]) for name in group["names"]})
         size = sum(p.numel() for p in group["params"])
-        lines.append(f"{group['lr']:8.4g} {group['weight_decay']:8.4g} {len(group['params']):8d} {size:9,d}  {', '.join(short)}")
+        numbers = f"{group['lr']:8.4g} {group['weight_decay']:8.4g} {len(group['params']):8d} {size:9,d}"
+        lines.append(f"{numbers}  {', '.join(short)}")
     return "\n".join(lines)
 
-# %% ../../nbs/6_training/40_optimization.ipynb #006ca56b
+# %% ../../nbs/6_training/40_optimization.ipynb #b509d195
 def cosine_warmup(step, warmup, total):
-    "The factor on the learning rate at `step`: a linear rise from 0 over `warmup` steps, half a cosine to 0 at `total`."
+    "The factor on the learning rate at `step`: a linear rise over `warmup` steps, half a cosine to 0 at `total`."
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

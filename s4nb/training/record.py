@@ -6,8 +6,9 @@
 __all__ = ['COLOURS', 'new_folder', 'save_text', 'save_card', 'load_card', 'commit', 'processor', 'versions', 'save_rows',
            'load_rows', 'first_above_chance', 'learning_curve', 'save_curve']
 
-# %% ../../nbs/6_training/43_record.ipynb #eb180afd
+# %% ../../nbs/6_training/43_record.ipynb #fc1da60b
 import csv
+import inspect
 import json
 import math
 import os
@@ -16,7 +17,6 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import s4nb
 from ..data.base import write_atomically
 
 # %% ../../nbs/6_training/43_record.ipynb #7027d5b6
@@ -46,11 +46,11 @@ def load_card(folder):
     "The card of a run as a dict."
     return json.loads((Path(folder) / "card.json").read_text())
 
-# %% ../../nbs/6_training/43_record.ipynb #aef7ddc9
+# %% ../../nbs/6_training/43_record.ipynb #d4093eef
 def commit():
     "The git commit of the source tree with '+' when tracked files differ from it; None for an installed package."
     def git(*arguments):
-        command = ["git", "-C", str(Path(s4nb.__file__).parent), *arguments]
+        command = ["git", "-C", str(Path(inspect.getfile(write_atomically)).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10)
     try:
         head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
@@ -63,8 +63,9 @@ def processor():
     "The name of the CPU and the number of its cores that this process may use."
     name, info = platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
-        lines = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0] if lines else name
+        lines = [line.partition(":") for line in info.read_text().splitlines()]
+        found = [value.strip() for key, _, value in lines if key.startswith("model name")]
+        name = found[0] if found else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
 

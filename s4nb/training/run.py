@@ -47,7 +47,7 @@ def experiments_table():
         lines += [f"{'':16} published: {value:.2f} %  ({source})" for source, value in e.published.items()]
     return "\n".join(lines)
 
-# %% ../../nbs/6_training/45_run.ipynb #ebf1bd49
+# %% ../../nbs/6_training/45_run.ipynb #a10654aa
 def train(arguments):
     "`s4nb train`: one run, or Hydra's command line when an argument starts with a dash."
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -72,7 +72,7 @@ def train(arguments):
     print(summary(card))
     return 0
 
-
+# %% ../../nbs/6_training/45_run.ipynb #1934c293
 def hydra_command(arguments):
     "Hydra's command line over the same configuration; each job of a sweep writes its own folder of results."
     import hydra
@@ -89,7 +89,7 @@ def hydra_command(arguments):
         sys.argv = before
     return 0
 
-
+# %% ../../nbs/6_training/45_run.ipynb #351a86b2
 def prepare_data(arguments):
     "`s4nb data`: lists the datasets or prepares one and prints its card."
     parser = argparse.ArgumentParser("s4nb data", description="Prepare a dataset and print its card.")
@@ -111,7 +111,7 @@ def list_experiments(arguments):
     print(experiments_table())
     return 0
 
-
+# %% ../../nbs/6_training/45_run.ipynb #74df235a
 COMMANDS = {
     "train": (train, "train a model: one experiment, with changes"),
     "experiments": (list_experiments, "list the experiments with their published results"),
@@ -123,7 +123,8 @@ def main(argv=None):
     "The `s4nb` command; returns the exit code."
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: s4nb COMMAND …\n\n" + "\n".join(f"  s4nb {name:14} {text}" for name, (_, text) in COMMANDS.items()))
+        commands = "\n".join(f"  s4nb {name:14} {text}" for name, (_, text) in COMMANDS.items())
+        print(f"usage: s4nb COMMAND …\n\n{commands}")
         return 0
     try:
         return COMMANDS[one_of("command", argv[0], COMMANDS)][0](argv[1:])

@@ -34,9 +34,9 @@ def require_finite(loss, model, step, batch):
     raise NonFiniteLoss(f"the loss is {loss.item()} at step {step}, batch {batch}: {cause}. "
                         "A smaller learning rate, a longer warm-up or gradient clipping usually helps")
 
-# %% ../../nbs/6_training/41_task.ipynb #b54aaf67
+# %% ../../nbs/6_training/41_task.ipynb #4307f3ed
 def set_length(model, l_max):
-    "Tells every kernel that can use it (it has set_length, and l_kernel is 0) the length of the task; how many took it."
+    "Tells the kernels that have set_length, and no length yet (l_kernel 0), that of the task; how many took it."
     kernels = [m for m in model.modules() if hasattr(m, "set_length") and int(m.l_kernel) == 0]
     for kernel in kernels:
         kernel.set_length(l_max)
