@@ -11,7 +11,7 @@ from .kernels import DiagKernel, DPLRKernel
 from ..ssm.layer import SSMLayer
 from ..ssm.lssl import DenseKernel
 
-# %% ../../nbs/3_s4/18_block.ipynb #96dada90
+# %% ../../nbs/3_s4/18_block.ipynb #4593e36b
 KERNELS = {"dplr": DPLRKernel, "diag": DiagKernel, "dense": DenseKernel}
 
 
@@ -20,7 +20,8 @@ class S4Block(SSMLayer):
 
     mode: dplr (S4), diag (S4D) or dense (LSSL); keywords other than the ones below are options of that kernel (SSMOptions).
     activation, mult_act: names of module.activation or None; final_act: glu, any activation, id (Linear only) or None (no Linear).
-    l_max: forward cuts the kernel there. forward(u, state=None, lengths=None, rate=1.0), step(u, state), default_state(*batch).
+    l_max: forward cuts the kernel there; swap_channels: the mixing sees (h c) instead of (c h) features; offset: where the
+    kernel that looks ahead begins, 1 (the next input) or 0. forward(u, state=None, lengths=None, rate=1.0), step(u, state), default_state(*batch).
     ValueError: unknown mode or option (the nearest is named), and combinations that cannot work.
     """
 

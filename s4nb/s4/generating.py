@@ -54,7 +54,7 @@ def woodbury(k, r, b):
     M = M + torch.eye(r, dtype=M.dtype, device=M.device)
     return k_CB - (k_CP @ torch.linalg.solve(M, k_PB)).permute(0, 2, 3, 1)
 
-# %% ../../nbs/3_s4/12_generating.ipynb #f7a37071
+# %% ../../nbs/3_s4/12_generating.ipynb #aadb3a69
 def discrete_real(Lambda, P, B, dt):
     "Bilinear Ab (h n n), Bb (h n) in the real form (Re s, Im s), float64: Lambda, B (h m), P (r h m), dt (h 1) or (h m)."
     Lambda, P, B = (x.to(torch.complex128) for x in (Lambda, P, B))
@@ -74,5 +74,5 @@ def fold(C, Lambda, P, dt, L):
 
 def unfold(C_tilde, Lambda, P, dt, L):
     "C = C_tilde (I - Ab^L)^-1, complex128, the inverse of `fold`."
-    AbL = power(discrete_real(Lambda, P, Lambda, dt)[0], L)
+    AbL = power(discrete_real(Lambda, P, Lambda, dt)[0], L)        # (Ab alone is wanted; any B will do)
     return apply_real(torch.linalg.inv(torch.eye(AbL.shape[-1], dtype=AbL.dtype, device=AbL.device) - AbL), C_tilde)

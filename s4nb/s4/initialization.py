@@ -28,11 +28,12 @@ def frequencies(law, N, k):
 LAWS = {"lin": "lin", "linear": "lin", "inv": "inv", "inverse": "inv", "inv2": "inv2", "inverse2": "inv2", "quad": "quad", "quadratic": "quad",
         "real": "real", "random": "random", "rand": "random", "legs": "legs", "hippo": "legs", "": "legs"}
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #11d879d9
+# %% ../../nbs/3_s4/15_initialization.ipynb #78fb150d
 @dataclass
 class InitOptions:
-    """How A, B and P start. `B_init`: constant, random, alternating, unit-cw or unit-ccw (the `legs` law brings its own B);
-    `B_clip` limits |Im B| of LegS, whose fastest modes are driven too hard; scales and random variants apply to `diag-` and `dplr-` laws."""
+    """How A, B and P start. `B_init`: constant, random, alternating, unit-cw or unit-ccw (the `legs` law brings its own B).
+    `B_clip` limits |Im B| of HiPPO measures and of the `legs` law; scales, B_init and random variants apply to `diag-` and
+    `dplr-` laws; `normalize` scales B so that a constant input gives outputs of unit variance over a random C."""
     init: str = "legs"
     rank: int = 1
     B_init: str = "constant"
@@ -84,7 +85,7 @@ def init_law(kind, law, N, s, o, generator):
     P = torch.randn(o.rank, s, m, dtype=torch.complex128, generator=generator) * (0 if kind == "diag" else o.P_scale)
     return A, P, o.B_scale * input_vector(o, k, m, generator), C0
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #bb197ff6
+# %% ../../nbs/3_s4/15_initialization.ipynb #b4f3458b
 def init_one(name, N, s, o, generator):
     "As `initialize`, for one member of a group and s copies."
     kind, _, law = name.partition("-")
@@ -93,14 +94,14 @@ def init_one(name, N, s, o, generator):
     else:
         Lambda, P, B, V = nplr(name, N, o.rank)
         A, P, B, C0 = Lambda.expand(s, -1), P[:, None].expand(-1, s, -1), clip_imag(B, o.B_clip).expand(s, -1), V[0].expand(s, -1)
-    if o.normalize:                                     # unit total variance under white noise input
+    if o.normalize:                                     # a constant input, for ever: the output has unit variance over a random C
         B = B / (2 * (B / A).abs().square().sum(-1, keepdim=True)).sqrt()
     return A, P, B, C0
 
 def initialize(N, n_ssm=1, options=InitOptions(), generator=None):
     """Starting point of `n_ssm` SSMs of (even) state size N, m = N/2: complex128 A (s m), P (rank s m), B (s m), C0 (s m).
 
-    C0 reads out the first HiPPO coefficient. Names of groups split the copies among their members.
+    C0 reads out the first HiPPO coefficient, or the first mode of a spectrum without a basis. Names of groups split the copies among their members.
     ValueError: unknown init, a rank below the measure's minimum, odd N, n_ssm not divisible by the group's size.
     """
     if N < 2 or N % 2:
@@ -124,7 +125,7 @@ def init_dt(h, m, dt_min=1e-3, dt_max=1e-1, tie=True, deterministic=False, gener
         u = torch.rand(h, 1 if tie else m, dtype=torch.float64, generator=generator)
     return torch.exp(math.log(dt_min) + u * (math.log(dt_max) - math.log(dt_min)))
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #16cd0f77
+# %% ../../nbs/3_s4/15_initialization.ipynb #8cf1fa18
 TRANSFORMS = ("none", "exp", "relu", "sigmoid", "softplus")
 
 def positive(x, transform):
@@ -143,5 +144,8 @@ def stored(p, transform):
         case "none": return p
         case "exp": return floor.log()
         case "relu": return floor - 1e-4
-        case "sigmoid": return torch.logit(floor)
+        case "sigmoid":
+            if p.max() >= 1:
+                raise ValueError(f"the sigmoid transform represents numbers below 1, got {p.max():.4g}; use exp or softplus")
+            return torch.logit(floor)
         case "softplus": return floor + torch.log(-torch.expm1(-floor))

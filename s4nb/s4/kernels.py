@@ -19,12 +19,13 @@ from .recurrence import (diag_advance, diag_discretize, dplr_step, dplr_step_ter
 from ..ssm.krylov import advance
 from ..ssm.layer import Kernel
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #9fc246d5
+# %% ../../nbs/3_s4/17_kernels.ipynb #1da07a9b
 @dataclass
 class SSMOptions(InitOptions):
     """Options of the structured kernels, beyond how they start. `lr`: None, one rate for all SSM parameters, or a dict with keys of
     dt, A, B, C (0.0 freezes); `wd` likewise. `disc`: bilinear (DPLR); zoh, bilinear or dss (diagonal).
-    `dt_fast` stores asinh of what dt_transform would store; `bandlimit` and `is_real` are for diagonal kernels."""
+    `dt_fast` stores asinh of what dt_transform would store, so that a gradient step moves large |inv_dt| faster; `bandlimit`, in
+    units of the Nyquist rate at the training step, removes modes above it (1.0: none below Nyquist); `is_real`: N real modes."""
     n_ssm: int | None = None
     dt_min: float = 1e-3
     dt_max: float = 1e-1
@@ -49,7 +50,7 @@ def of_parameter(value, key):
         one_of("parameter in lr or wd", got, ("dt", "A", "B", "C"))
     return value.get(key)
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #79e55a08
+# %% ../../nbs/3_s4/17_kernels.ipynb #29b34983
 class StructuredKernel(Kernel):
     "Parameters shared by DPLRKernel and DiagKernel; see SSMOptions."
     discs: tuple = ()
@@ -70,7 +71,7 @@ class StructuredKernel(Kernel):
         self.store_rest(A, P, B, C)
 
     def store(self, name, value, key):
-        "Register a parameter, float32, with the learning rate and decay of its group (dt, A, B or C)."
+        "Register a parameter, in the default dtype, with the learning rate and decay of its group (dt, A, B or C)."
         value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         self.register(name, value.to(torch.get_default_dtype()).contiguous().clone(),
                       of_parameter(self.options.lr, key), of_parameter(self.options.wd, key))

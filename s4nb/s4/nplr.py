@@ -9,23 +9,23 @@ __all__ = ['conjugate_half', 'nplr', 'real_ssm']
 import torch
 from ..hippo.transition import rank_correction, transition
 
-# %% ../../nbs/3_s4/11_nplr.ipynb #16c60e7e
+# %% ../../nbs/3_s4/11_nplr.ipynb #1d2ac7c9
 def conjugate_half(K):
-    "Eigenpairs (omega (m), V (N m)) of a real skew K (N N): K = 2 Re(V diag(i omega) V^*), omega <= 0 ascending."
+    "Eigenpairs (mu (m), V (N m)) of a real skew K (N N): K = 2 Re(V diag(i mu) V^*), mu <= 0 ascending."
     N = K.shape[-1]
-    omega, V = torch.linalg.eigh(-1j * K)
-    zero = omega.abs() < 1e-10 * omega.abs().max().clamp(min=1e-300)
+    mu, V = torch.linalg.eigh(-1j * K)
+    zero = mu.abs() < 1e-10 * mu.abs().max().clamp(min=1e-300)
     n_zero = int(zero.sum())
     if n_zero:                                   # real basis of the null space, paired into (n0 + i n1) / sqrt 2
         projector = (V[:, zero] @ V[:, zero].mH).real
         null = torch.linalg.eigh(projector).eigenvectors[:, N - n_zero:]
         paired = torch.complex(null[:, 0::2], null[:, 1::2]) / 2**0.5
-        keep = ~zero & (omega < 0)
+        keep = ~zero & (mu < 0)
         V = torch.cat([V[:, keep], paired], dim=1)
-        omega = torch.cat([omega[keep], omega.new_zeros(n_zero // 2)])
-    return omega[: N // 2], V[:, : N // 2]
+        mu = torch.cat([mu[keep], mu.new_zeros(n_zero // 2)])
+    return mu[: N // 2], V[:, : N // 2]
 
-# %% ../../nbs/3_s4/11_nplr.ipynb #9e5a83e6
+# %% ../../nbs/3_s4/11_nplr.ipynb #88dde1f3
 def nplr(measure, N, rank=1):
     """Normal-plus-low-rank form of a HiPPO matrix in its unitary eigenbasis (S4, Theorem 1).
 
@@ -42,11 +42,11 @@ def nplr(measure, N, rank=1):
     K = (S - S.T) / 2
     if (S - c * torch.eye(N, dtype=S.dtype) - K).abs().max() > 1e-9 * A.abs().max():
         raise ValueError(f"{measure!r} with rank {rank} is not a multiple of the identity plus a skew matrix")
-    omega, V = conjugate_half(K)
-    Lambda = torch.complex(c.expand(N // 2), omega)
+    mu, V = conjugate_half(K)
+    Lambda = torch.complex(c.expand(N // 2), mu)
     return Lambda, P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype), V
 
-# %% ../../nbs/3_s4/11_nplr.ipynb #38122aad
+# %% ../../nbs/3_s4/11_nplr.ipynb #36999145
 def real_ssm(Lambda, P, B, C):
     """The dense real form of a DPLR system, state (Re s, Im s): A (… n n), B (… n), C (… n), n = 2m.
 
@@ -54,6 +54,6 @@ def real_ssm(Lambda, P, B, C):
     """
     A = torch.cat([torch.cat([torch.diag_embed(Lambda.real), torch.diag_embed(-Lambda.imag)], -1),
                    torch.cat([torch.diag_embed(Lambda.imag), torch.diag_embed(Lambda.real)], -1)], -2)
-    p = torch.cat([P.real, P.imag], -1)
-    A = A - 2 * torch.einsum("r...i,r...j->...ij", p, p)
+    pi = torch.cat([P.real, P.imag], -1)
+    A = A - 2 * torch.einsum("r...i,r...j->...ij", pi, pi)
     return A, torch.cat([B.real, B.imag], -1), torch.cat([2 * C.real, -2 * C.imag], -1)

@@ -18,7 +18,7 @@ def diag_discretize(A, B, dt, disc="zoh"):
         return a, B * torch.expm1(a) / A
     return 2 * torch.atanh(a / 2), dt * B / (1 - a / 2)
 
-# %% ../../nbs/3_s4/16_recurrence.ipynb #de9025c9
+# %% ../../nbs/3_s4/16_recurrence.ipynb #eafd27a5
 def dplr_step_terms(Lambda, P, B, dt):
     """What the O(N) bilinear step of a DPLR system needs, computed once: Lambda, B (h m), P (r h m), dt (h 1) or (h m).
 
@@ -33,14 +33,14 @@ def dplr_step_terms(Lambda, P, B, dt):
 def dplr_step(terms, u, state):
     "One bilinear step of a DPLR system in O(N): u (b h), state (b h m) -> new state (b h m)."
     D, E, P, Q, B2 = terms
-    y = E * state - torch.einsum("rhm,bhr->bhm", P, both(P.conj(), state)) + B2 * u.unsqueeze(-1)
-    return D * (y - torch.einsum("rhm,bhr->bhm", P, both(Q, y)))
+    x = E * state - torch.einsum("rhm,bhr->bhm", P, both(P.conj(), state)) + B2 * u.unsqueeze(-1)
+    return D * (x - torch.einsum("rhm,bhr->bhm", P, both(Q, x)))
 
 def both(row, state):
     "Row vectors (r h m) times the state (b h m) summed over both halves of each pair, 2 Re sum_m: (b h r), as complex."
     return (2 * torch.einsum("rhm,bhm->bhr", row, state).real).to(state.dtype)
 
-# %% ../../nbs/3_s4/16_recurrence.ipynb #a2ab6b65
+# %% ../../nbs/3_s4/16_recurrence.ipynb #0a93cab5
 def diag_advance(x, Bb, u, state, lengths=None):
     "State after the last valid input: x = log Ab (h m), Bb (h m), u (b h l), state (b h m) or None -> (b h m)."
     L = u.shape[-1]
@@ -48,7 +48,7 @@ def diag_advance(x, Bb, u, state, lengths=None):
     new = log_vandermonde_transpose(latest_first(u, lengths), Bb, x, L)
     if state is None:
         return new
-    return new + state * torch.exp(x * lengths[:, None, None])
+    return new + state * torch.exp(x.to(torch.complex128) * lengths[:, None, None]).to(new.dtype)
 
 # %% ../../nbs/3_s4/16_recurrence.ipynb #44b471cc
 def state_as_input(Lambda, P, state, dt):
