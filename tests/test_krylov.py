@@ -79,6 +79,10 @@ def test_parity_with_the_reference(vectors):
             assert torch.allclose(krylov(get("A"), get("b"), None, L), get("Kb"), atol=1e-12)
         elif name.startswith("power_"):
             assert torch.allclose(power(get("A"), L), get("A_L"), atol=1e-12)
+            A, v = get("A"), get("v")                        # sum_i A^i v_i, one unit input vector after the other
+            units = torch.eye(A.shape[-1], dtype=A.dtype)
+            total = sum(advance(A, e.expand(A.shape[:-1]), v_j.flip(-1)[None]) for e, v_j in zip(units, v.unbind(-2)))
+            assert torch.allclose(total[0], get("scan"), atol=1e-11)
         elif name.startswith("krylov_toeplitz_"):
             a = get("a")
             i = torch.arange(a.shape[-1])
