@@ -137,9 +137,9 @@ def transition(measure, N, alpha=None, beta=None, generator=None):
         raise ValueError(f"measure {measure!r} has no parameter {', '.join(stray)}, but {', '.join(known) or 'none'}")
     return TRANSITIONS[measure](int(N), **given)
 
-# %% ../../nbs/1_hippo/02_transition.ipynb #5bfeef2e
+# %% ../../nbs/1_hippo/02_transition.ipynb #1c60b9f9
 def rank_correction(measure, N, rank=1):
-    """P (rank,N), float64, such that A + Σ_r P_r P_rᵀ is normal (S4, appendix C). Spare rows are zero.
+    """P (rank,N), float64, such that A + Σ_j P_j P_jᵀ is normal (S4, appendix C). Spare rows are zero.
 
     Raises ValueError when `rank` is below what the measure needs (2 for legt, else 1) or no such P is known.
     """
