@@ -109,7 +109,7 @@ def settings_key(settings):
     """Ten hex digits that change with any of the settings (a dict of plain values)."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
-# %% ../../nbs/5_data/30_base.ipynb #66529a91
+# %% ../../nbs/5_data/30_base.ipynb #5ce51e78
 def cached_folder(base, name, settings, make, explain=None):
     """The folder base/name-<key of settings>, made by `make(folder)` when absent, then verified. -> (path, manifest)
 
@@ -133,7 +133,7 @@ def fill(folder, settings, make):
     manifest = {"settings": settings, "facts": facts, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
-
+# %% ../../nbs/5_data/30_base.ipynb #eb3feb42
 def verify(folder, explain=None):
     """The manifest of a cached folder whose files all have the recorded size and checksum; otherwise ValueError."""
     def refuse(name, what):

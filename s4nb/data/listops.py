@@ -228,7 +228,7 @@ def generate(n, seed, shortest, longest, workers=None):
     finally:
         torch.set_num_threads(threads)
 
-# %% ../../nbs/5_data/31_listops.ipynb #24dea01c
+# %% ../../nbs/5_data/31_listops.ipynb #5c3f218c
 HEADER = "Source\tTarget"
 
 
@@ -266,7 +266,7 @@ def read_tsv(path):
     if not rows: refuse(2, "no example follows the header")
     return rows
 
-
+# %% ../../nbs/5_data/31_listops.ipynb #246a2e5e
 def explain(path):
     """What is wrong inside a damaged file of ours, for the error of its cache."""
     if path.suffix != ".tsv": return ""
