@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/2_lssl/07_convolution.ipynb #467a0747
-SHORT = 128    # up to this length a Toeplitz matrix is faster than an FFT
+# %% ../../nbs/2_lssl/07_convolution.ipynb #c0cd038b
+SHORT = 128    # up to this length a Toeplitz matrix costs about as much as FFTs, and is causal to the last bit
 
 
 @lru_cache(maxsize=None)

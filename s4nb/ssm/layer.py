@@ -83,7 +83,7 @@ def _mix(width, d_output, final_act):
     features = 2 * d_output if is_glu(final_act) else d_output
     return nn.Sequential(nn.Linear(width, features), activation(final_act, d_output))
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #84aeba76
+# %% ../../nbs/2_lssl/09_layer.ipynb #004f252c
 class SSMLayer(SequenceModule):
     """y = mix(act(K * u + D u)): (b l h) -> (b l d_output), for any kernel object with the methods of `Kernel`.
 
@@ -134,7 +134,7 @@ class SSMLayer(SequenceModule):
     def output(self, y, dtype):
         "The pointwise half of the layer: y (b l c h) -> (b l d_output) in `dtype`."
         y = rearrange(y, "b l c h -> b l (h c)" if self.swap_channels else "b l c h -> b l (c h)")
-        y = self.dropout(self.act(y))
+        y = self.dropout(self.act(y.contiguous()))             # features next to each other: what follows is pointwise
         return (y if self.mix is None else self.mix(y)).to(dtype)
 
     def step(self, u, state):
