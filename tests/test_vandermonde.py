@@ -144,6 +144,35 @@ def test_dtypes():
     assert log_vandermonde_transpose(u.double(), v, x, 7).dtype == C128
 
 
+@pytest.mark.parametrize("conj", [True, False])
+def test_phase_has_the_precision_of_x(conj):
+    "complex64 weights, complex128 x: results in single precision, right to 3e-7, where a rounded x loses three digits."
+    L, m = 2**14, 32
+    v, u, g = torch.randn(2, m, dtype=C64), torch.randn(2, L), torch.randn(2, L)
+    x = torch.complex(-torch.rand(m, dtype=torch.float64) / L, 3 * torch.rand(m, dtype=torch.float64))
+    y, dv, dx = with_grads(lambda *a: log_vandermonde(*a, L, conj), (v, x), g)
+    s, du, sv, sx = with_grads(lambda *a: log_vandermonde_transpose(*a, L), (u, v, x), v)
+    assert [t.dtype for t in (y, dv, dx)] == [torch.float32 if conj else C64, C64, C128]
+    assert [t.dtype for t in (s, du, sv, sx)] == [C64, torch.float32, C64, C128]
+    want = with_grads(lambda *a: literal(*a, L, conj), (wide(v), x), g)
+    want += with_grads(lambda *a: literal_transpose(*a, L), (wide(u), wide(v), x), v)
+    for i, (p, q) in enumerate(zip((y, dv, dx, s, du, sv, sx), want)):
+        assert (p - q).norm() <= (3e-7 if i in (0, 3) else 1e-6) * q.norm(), i
+    assert (log_vandermonde(v, x.to(C64), L, conj) - want[0]).norm() > 1e-5 * want[0].norm()
+
+
+def test_gradients_of_a_more_precise_x():
+    "Gradients of mixed arguments are those of the rounded results, also the second ones and those of broadcast leading dims."
+    v, x, u = torch.randn(2, 1, 4, dtype=C64), small(3, 4), torch.randn(5, 1, 1, 9)
+    for f, a in ((lambda v, x: log_vandermonde(v, x, 9), (v, x)), (lambda u, v, x: log_vandermonde_transpose(u, v, x, 9), (u, v, x))):
+        def twice(*a):
+            a = [t.detach().requires_grad_() for t in a]
+            first = torch.autograd.grad(f(*a).abs().square().sum(), a, create_graph=True)
+            return *first, *torch.autograd.grad(sum(d.abs().square().sum() for d in first), a)
+        for p, q, t in zip(twice(*a), twice(*map(wide, a)), a + a):
+            assert p.dtype == t.dtype and p.shape == t.shape and (p - q).norm() <= 1e-5 * q.norm()
+
+
 def test_bad_arguments():
     v, x, u = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 5)
     for L in (-1, 2.0, "4", True, None):

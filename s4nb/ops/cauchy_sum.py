@@ -34,17 +34,17 @@ def full_precision(device):
         for k, was in zip(knobs, asked): k.fp32_precision = was
         if legacy: torch.set_float32_matmul_precision(legacy)
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #b49be174
+# %% ../../nbs/3_s4/13_cauchy.ipynb #c4cb3d19
 def cauchy_tile(v, z, w, conj):
     "The sum on one tile: v (b r m), z (b l), w (b m) -> (b r l), one reciprocal for each pair of a mode and a node."
     d = z[:, None] - w[..., None]
     if not conj: return v @ d.reciprocal_()
     d *= z[:, None] - w.conj()[..., None]
-    r = torch.view_as_real(d.reciprocal_()).flatten(-2)
-    b = (v.to(torch.complex128) * w.conj()[:, None]).real              # may cancel: in double, it is m numbers only
-    ab = 2 * torch.cat([v.real, b.to(v.real.dtype)], 1)
-    sum_a, sum_b = torch.view_as_complex((ab @ r).unflatten(-1, (-1, 2))).chunk(2, 1)
-    return z[:, None] * sum_a - sum_b
+    q = torch.view_as_real(d.reciprocal_()).flatten(-2)
+    beta = (v.to(torch.complex128) * w.conj()[:, None]).real           # may cancel: in double, it is m numbers only
+    alpha_beta = 2 * torch.cat([v.real, beta.to(v.real.dtype)], 1)
+    sum_alpha, sum_beta = torch.view_as_complex((alpha_beta @ q).unflatten(-1, (-1, 2))).chunk(2, 1)
+    return z[:, None] * sum_alpha - sum_beta
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #377f1d53
 def half_grads(v, z, w, g, z_too):
@@ -100,9 +100,9 @@ class CauchySum(torch.autograd.Function):
                 if z_too: dz[i, j] = tz
         return dv, dz, dw, None
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #d58d4ddc
+# %% ../../nbs/3_s4/13_cauchy.ipynb #2e71f832
 def cauchy_torch(v, z, w, conj=True):
-    "Cauchy sum in plain torch: v (... m), z (... l), w (... m) -> (... l). Dims that z and w lack share the reciprocals."
+    "Cauchy sum in plain torch: v (... m), z (... l), w (... m) -> (... l). Dims that z and w lack share reciprocals."
     lead = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
     n = len(lead)
     v, z, w = (t[(None,) * (n + 1 - t.ndim)] for t in (v, z, w))
@@ -165,7 +165,7 @@ OPS = {"cauchy": Op({"torch": cauchy_torch, "keops": cauchy_keops}, cauchy_examp
 PREFERENCE = {"cpu": ["torch", "keops"], "cuda": ["torch", "keops"]}
 HINTS = {"keops": "pip install pykeops; after an interrupted compilation pykeops.clean_pykeops()"}
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #6ae4b8ea
+# %% ../../nbs/3_s4/13_cauchy.ipynb #208e7034
 def trial(op, backend, device, dtype):
     "Outputs and gradients of one backend on the op's examples."
     results = []
@@ -191,7 +191,7 @@ def usable(op, backend, device="cpu", dtype=torch.complex64):
 
 
 def backends(device=None):
-    """{op: {backend: "ok" or the reason}}, tried in complex64 and complex128; device None: ok on any device that is here.
+    """{op: {backend: "ok" or the reason}}, tried in complex64 and complex128; device None: ok on any device here.
     The first call may compile."""
     devices = [device] if device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
     dtypes = torch.complex64, torch.complex128

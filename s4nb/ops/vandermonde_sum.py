@@ -14,46 +14,46 @@ import torch
 
 from .cauchy_sum import OPS, Op, common_dtype, full_precision, pick
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #b693e64e
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #4c02bfd3
 def baby_steps(L):
-    "The power of two B, about sqrt(L), such that l = k B + j splits L powers into two short tables."
+    "The row length R, a power of two about sqrt(L): l = k R + i splits L powers into two short tables."
     return 2 ** math.ceil(math.log2(max(L, 1)) / 2)
 
 
 def powers(x, n, step=1):
-    "The table e^(x step j), j < n: x (... m) -> (... n m) in complex128. It doubles: e^(x(j+s)) = e^(xj) e^(xs)."
+    "The table e^(x step i), i < n: x (... m) -> (... n m) in complex128. It doubles: e^(x(i+p)) = e^(xi) e^(xp)."
     x = x.to(torch.complex128)[..., None, :] * step
     table = torch.ones_like(x)
-    while (s := table.shape[-2]) < n: table = torch.cat([table, table * torch.exp(x * s)], -2)
+    while (p := table.shape[-2]) < n: table = torch.cat([table, table * torch.exp(x * p)], -2)
     return table[..., :n, :]
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #efed8a8a
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #5603578c
 def as_reals(x):
     "Complex (... m) -> real (... 2m), real and imaginary parts interleaved."
     return torch.view_as_real(x.resolve_conj()).flatten(-2)
 
 def sum_of_powers(v, x, L, conj):
-    "v, x (... m) -> (... L): sum_m v_m e^(x_m l), or twice its real part, as one matrix product."
-    B = baby_steps(L)
-    giant = (v.to(torch.complex128)[..., None, :] * powers(x, -(-L // B), B)).to(x.dtype)
-    baby = powers(x, B).to(x.dtype)
+    "v, x (... m) -> (... L): sum_m v_m e^(x_m l), or twice its real part, as one matrix product in the precision of v."
+    R = baby_steps(L)
+    giant = (v.to(torch.complex128)[..., None, :] * powers(x, -(-L // R), R)).to(v.dtype)
+    baby = powers(x, R).to(v.dtype)
     if conj: giant, baby = as_reals(2 * giant.conj()), as_reals(baby)
-    with full_precision(x.device): K = torch.einsum("...km,...jm->...kj", giant, baby)
+    with full_precision(v.device): K = torch.einsum("...km,...im->...ki", giant, baby)
     return K.flatten(-2)[..., :L]
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #583adf48
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #6c507a91
 def sum_over_time(u, x):
-    "u (... L) real or complex, x (... m) -> (... m): sum_l u_l e^(x_m l), the transposed matrix."
-    B = baby_steps(u.shape[-1])
-    u = torch.nn.functional.pad(u, (0, -u.shape[-1] % B))
-    u = u.reshape(*u.shape[:-1], u.shape[-1] // B, B)
-    baby, giant = powers(x, B).to(x.dtype), powers(x, u.shape[-2], B).to(x.dtype)
-    with full_precision(x.device):
-        s = torch.einsum("...kj,...jm->...km", u, baby if u.is_complex() else as_reals(baby))
+    "u (... L) real or complex, x (... m) -> (... m): sum_l u_l e^(x_m l), the transpose, in the precision of u."
+    R, dtype = baby_steps(u.shape[-1]), u.dtype.to_complex()
+    u = torch.nn.functional.pad(u, (0, -u.shape[-1] % R))
+    u = u.reshape(*u.shape[:-1], u.shape[-1] // R, R)
+    baby, giant = powers(x, R).to(dtype), powers(x, u.shape[-2], R).to(dtype)
+    with full_precision(u.device):
+        s = torch.einsum("...ki,...im->...km", u, baby if u.is_complex() else as_reals(baby))
     if not u.is_complex(): s = torch.view_as_complex(s.unflatten(-1, (-1, 2)).contiguous())
     return (s * giant).sum(-2)
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #a7b5ab1a
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #92fe9163
 class Vandermonde(torch.autograd.Function):
     "sum_m v_m e^(x_m l). Its gradients are transposed sums, so it can be differentiated again."
     @staticmethod
@@ -65,9 +65,10 @@ class Vandermonde(torch.autograd.Function):
     def backward(ctx, g):
         v, x = ctx.saved_tensors
         scale = 2 if ctx.conj else 1
-        t = torch.arange(g.shape[-1], dtype=x.real.dtype, device=x.device)
+        t = torch.arange(g.shape[-1], dtype=g.real.dtype, device=g.device)
         sums, moments = scale * VandermondeT.apply(torch.stack([g, t * g]).conj(), x)
-        return sums.conj().sum_to_size(v.shape), (v * moments).conj().sum_to_size(x.shape), None, None
+        dx = (v * moments).conj().to(x.dtype)
+        return sums.conj().sum_to_size(v.shape), dx.sum_to_size(x.shape), None, None
 
 
 class VandermondeT(torch.autograd.Function):
@@ -86,8 +87,8 @@ class VandermondeT(torch.autograd.Function):
             du = Vandermonde.apply(g.conj(), x, L, False).conj()
             du = (du if u.is_complex() else du.real).sum_to_size(u.shape)
         if ctx.needs_input_grad[1]:
-            t = torch.arange(L, dtype=x.real.dtype, device=x.device)
-            dx = (g.conj() * VandermondeT.apply(t * u, x)).conj().sum_to_size(x.shape)
+            t = torch.arange(L, dtype=u.real.dtype, device=u.device)
+            dx = (g.conj() * VandermondeT.apply(t * u, x)).conj().to(x.dtype).sum_to_size(x.shape)
         return du, dx
 
 # %% ../../nbs/3_s4/14_vandermonde.ipynb #6fc2527e
@@ -100,7 +101,7 @@ def transpose_torch(u, v, x, L):
     "Transposed Vandermonde sum in plain torch."
     return v * VandermondeT.apply(u, x)
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #8ee9e68d
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #3cdf9ad4
 class ExpSum(torch.autograd.Function):
     "sum_j v_j e^(x_j t_i) by KeOps: v, x (b j), t (b i) -> (b i). Its gradients are such sums, with x and t exchanged."
     @staticmethod
@@ -131,14 +132,14 @@ def exp_sum(v, x, t):
 
 
 def vandermonde_keops(v, x, L, conj=True):
-    "Vandermonde sum by KeOps; in complex64 the phase x l is a float32, so its error grows with |Im x| L."
-    out = exp_sum(v, x, torch.arange(L, device=x.device).to(x.dtype))
+    "Vandermonde sum by KeOps; x is rounded to v's dtype: in complex64 the error of the phase grows with |Im x| L."
+    out = exp_sum(v, x.to(v.dtype), torch.arange(L, device=v.device).to(v.dtype))
     return 2 * out.real if conj else out
 
 
 def transpose_keops(u, v, x, L):
-    "Transposed Vandermonde sum by KeOps: modes and positions exchange their roles."
-    return v * exp_sum(u.to(x.dtype), torch.arange(L, device=x.device).to(x.dtype), x)
+    "Transposed Vandermonde sum by KeOps: modes and positions exchange their roles; x is rounded to v's dtype."
+    return v * exp_sum(u.to(v.dtype), torch.arange(L, device=v.device).to(v.dtype), x.to(v.dtype))
 
 # %% ../../nbs/3_s4/14_vandermonde.ipynb #8ca3b328
 def vandermonde_examples(device, dtype):
@@ -159,7 +160,7 @@ def transpose_examples(device, dtype):
 OPS["log_vandermonde"] = Op({"torch": vandermonde_torch, "keops": vandermonde_keops}, vandermonde_examples)
 OPS["log_vandermonde_transpose"] = Op({"torch": transpose_torch, "keops": transpose_keops}, transpose_examples)
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #9ead0e9a
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #8c81bd6d
 def check_length(op, L):
     "L, if it is a length."
     if isinstance(L, bool) or not isinstance(L, int) or L < 0:
@@ -171,18 +172,22 @@ def log_vandermonde(v, x, L, conj=True, backend=None):
     """Vandermonde sum at l = 0 ... L-1: v, x (... m) -> (... L); leading dims broadcast.
 
     conj=True: the real 2 Re sum_j v_j e^(x_j l), one of each conjugate pair given; conj=False: the complex sum.
-    Powers that grow beyond the dtype (Re x L > 88 in complex64) give inf or nan. Backends and errors as for `cauchy`."""
-    dtype = common_dtype("log_vandermonde", {"v": v, "x": x})
+    The result has the precision of v; the phase that of x: complex128 beside a complex64 v is welcome (KeOps rounds x).
+    Powers that grow beyond the dtype (Re x L > 88 in complex64) give inf or nan. Backends, errors: as for `cauchy`."""
+    both = common_dtype("log_vandermonde", {"v": v, "x": x})
+    dtype = torch.promote_types(v.dtype, torch.complex64)
     sum_ = pick("log_vandermonde", backend, v.device.type, dtype)
-    return sum_(v.to(dtype), x.to(dtype), check_length("log_vandermonde", L), conj)
+    return sum_(v.to(dtype), x.to(both), check_length("log_vandermonde", L), conj)
 
 
 def log_vandermonde_transpose(u, v, x, L, backend=None):
     """Transposed Vandermonde sum: u (... L) real or complex, v, x (... m) -> complex (... m); leading dims broadcast.
 
-    v_j sum_l u_l e^(x_j l), l = 0 ... L-1. Backends and errors as for `cauchy`."""
-    dtype = common_dtype("log_vandermonde_transpose", {"v": v, "x": x}, u=u)
+    v_j sum_l u_l e^(x_j l), l = 0 ... L-1. Backends and errors as for `cauchy`.
+    The result has the precision of u and v; the phase that of x, which may be higher (KeOps rounds x)."""
+    everything = common_dtype("log_vandermonde_transpose", {"v": v, "x": x}, u=u)
+    dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.complex64)
     if u.shape[-1] != check_length("log_vandermonde_transpose", L):
         raise ValueError(f"log_vandermonde_transpose: the last dim of u {tuple(u.shape)} has to be L={L}")
     sum_ = pick("log_vandermonde_transpose", backend, v.device.type, dtype)
-    return sum_(u.to(dtype if u.is_complex() else dtype.to_real()), v.to(dtype), x.to(dtype), L)
+    return sum_(u.to(dtype if u.is_complex() else dtype.to_real()), v.to(dtype), x.to(everything), L)
