@@ -17,22 +17,25 @@ from .ssm.lssl import DenseKernel
 # %% ../nbs/4_models/28_interop.ipynb #c5a1a393
 IGNORED = {"omega", "z", "dA", "dB", "dC"}               # recomputed here
 
-# %% ../nbs/4_models/28_interop.ipynb #0298d209
+# %% ../nbs/4_models/28_interop.ipynb #41f76efb
 def put(module, name, value):
     "Copy `value` into the parameter or buffer `name` of `module`, in that tensor's dtype; shapes must agree."
     target = getattr(module, name)
     if target.shape != value.shape:
-        raise ValueError(f"{name!r} has shape {tuple(value.shape)} in the state dict and {tuple(target.shape)} in {type(module).__name__}: "
-                         "build the module with the same d_model, d_state, n_ssm, channels, rank and dt_tie")
+        raise ValueError(f"{name!r} has shape {tuple(value.shape)} in the state dict and {tuple(target.shape)} in "
+                         f"{type(module).__name__}: build the module with the same d_model, d_state, n_ssm, "
+                         "channels, rank and dt_tie")
     with torch.no_grad():
         target.copy_(value)
 
 
 def expect(state_dict, needed, owner):
     "The entries `needed` of a state dict; a missing or an unknown key raises, naming it."
-    missing, unknown = [k for k in needed if k not in state_dict], [k for k in state_dict if k not in needed and k not in IGNORED]
+    missing = [k for k in needed if k not in state_dict]
+    unknown = [k for k in state_dict if k not in needed and k not in IGNORED]
     if missing or unknown:
-        raise ValueError(f"state dict for {owner}: missing {missing or 'nothing'}, not understood {unknown or 'nothing'}; expected {list(needed)}")
+        raise ValueError(f"state dict for {owner}: missing {missing or 'nothing'}, "
+                         f"not understood {unknown or 'nothing'}; expected {list(needed)}")
     return {k: torch.as_tensor(state_dict[k]) for k in needed}
 
 
@@ -40,7 +43,7 @@ def part(state_dict, prefix):
     "The entries below `prefix`, without it."
     return {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
 
-# %% ../nbs/4_models/28_interop.ipynb #4dc8cd56
+# %% ../nbs/4_models/28_interop.ipynb #eb1af8b7
 def load_structured(kernel, state_dict):
     "DPLRKernel or DiagKernel from inv_dt, C, B, A_real, A_imag (and P, l_kernel)."
     names = ["inv_dt", "C", "B", "A_real"] + (["A_imag"] if hasattr(kernel, "A_imag") else [])
@@ -54,10 +57,15 @@ def load_structured(kernel, state_dict):
 
 
 def load_minimal_s4d(kernel, state_dict):
-    "DiagKernel (n_ssm = d_model, dt_transform exp, real_transform exp, imag_transform none) from the minimal S4D's C, log_dt, log_A_real, A_imag."
+    """DiagKernel from the minimal S4D's C, log_dt, log_A_real, A_imag.
+
+    The kernel is one with n_ssm = d_model, dt_transform exp, real_transform exp, imag_transform none.
+    """
     o = kernel.options
-    if (o.dt_transform, o.real_transform, o.imag_transform, o.dt_fast, kernel.disc) != ("exp", "exp", "none", False, "zoh"):
-        raise ValueError("the minimal S4D is DiagKernel with disc='zoh', exp for dt and the real part, none for the imaginary part")
+    form = (o.dt_transform, o.real_transform, o.imag_transform, o.dt_fast, kernel.disc)
+    if form != ("exp", "exp", "none", False, "zoh"):
+        raise ValueError("the minimal S4D is DiagKernel with disc='zoh', exp for dt and the real part, "
+                         "none for the imaginary part")
     found = expect(state_dict, ["C", "log_dt", "log_A_real", "A_imag"], "the minimal S4D kernel")
     C = torch.view_as_complex(found["C"].contiguous()).conj().resolve_conj()
     values = {"inv_dt": found["log_dt"].unsqueeze(-1), "A_real": found["log_A_real"], "A_imag": found["A_imag"],
@@ -65,11 +73,12 @@ def load_minimal_s4d(kernel, state_dict):
     for name, value in values.items():
         put(kernel, name, value)
 
-
+# %% ../nbs/4_models/28_interop.ipynb #cdecfd99
 def load_dense(kernel, state_dict):
     """DenseKernel from the reference's complex A (s n n 2), B (s n 2), C (c h n 2), inv_dt.
 
-    A complex state of size n is a real one of size 2n, (Re x, Im x): the kernel's parameters are replaced and its d_state doubles.
+    A complex state of size n is a real one of size 2n, (Re x, Im x): the kernel's parameters are replaced and its
+    d_state doubles.
     """
     found = expect(state_dict, ["inv_dt", "A", "B", "C"], "DenseKernel")
     A, B, C = (torch.view_as_complex(found[k].contiguous()).to(torch.complex128) for k in "ABC")
@@ -82,7 +91,7 @@ def load_dense(kernel, state_dict):
     kernel.d_state = A.shape[-1]
     put(kernel, "inv_dt", found["inv_dt"])
 
-# %% ../nbs/4_models/28_interop.ipynb #6bc56dbf
+# %% ../nbs/4_models/28_interop.ipynb #0d74fbeb
 def load_kernel(kernel, state_dict):
     "Any kernel of this package from the reference's kernel entries."
     if isinstance(kernel, DenseKernel):
@@ -101,17 +110,19 @@ def load_layer(layer, state_dict):
     layer.offset = 1                                     # the reference's backward kernel starts at the next position
     linear = part(state_dict, "output_linear.0.")
     if bool(linear) != (layer.mix is not None):
-        raise ValueError("the state dict " + ("has an output_linear, so final_act must not be None" if linear else "has no output_linear: final_act=None"))
+        raise ValueError("the state dict has an output_linear, so final_act must not be None" if linear
+                         else "the state dict has no output_linear: final_act=None")
     if linear:
         put(layer.mix[0], "weight", torch.as_tensor(linear["weight"]).flatten(1))     # a 1x1 convolution is a Linear
         put(layer.mix[0], "bias", torch.as_tensor(linear["bias"]))
 
 
 def load_state_spaces(module, state_dict):
-    """Load parameters of state-spaces/s4 (v4 names) into a kernel, SSMLayer or S4Block of this package, in the module's dtype.
+    """Load parameters of state-spaces/s4 (v4 names) into a kernel, SSMLayer or S4Block of this package.
 
-    Accepts the reference's keys unchanged: kernels (inv_dt C B A_real A_imag P l_kernel; dense A B C), FFTConv (D kernel.*), S4Block
-    (layer.* output_linear.0.*), the minimal S4D. Afterwards outputs agree. ValueError: other modules, missing or unknown keys, shapes.
+    Values are cast to the module's dtype. Accepts the reference's keys unchanged: kernels (inv_dt C B A_real A_imag P
+    l_kernel; dense A B C), FFTConv (D kernel.*), S4Block (layer.* output_linear.0.*), the minimal S4D. Afterwards
+    outputs agree. ValueError: other modules, missing or unknown keys, shapes.
     """
     if isinstance(module, SSMLayer):
         load_layer(module, state_dict)

@@ -11,28 +11,33 @@ from .kernels import DiagKernel, DPLRKernel
 from ..ssm.layer import SSMLayer
 from ..ssm.lssl import DenseKernel
 
-# %% ../../nbs/3_s4/18_block.ipynb #4593e36b
+# %% ../../nbs/3_s4/18_block.ipynb #38838df3
 KERNELS = {"dplr": DPLRKernel, "diag": DiagKernel, "dense": DenseKernel}
 
 
 class S4Block(SSMLayer):
-    """One S4 layer: (b l d_model) -> (b l d_output), state. d_output is d_model, or channels * d_model without `final_act`.
+    """One S4 layer: (b l d_model) -> (b l d_output), state.
 
-    mode: dplr (S4), diag (S4D) or dense (LSSL); keywords other than the ones below are options of that kernel (SSMOptions).
-    activation, mult_act: names of module.activation or None; final_act: glu, any activation, id (Linear only) or None (no Linear).
-    l_max: forward cuts the kernel there; swap_channels: the mixing sees (h c) instead of (c h) features; offset: where the
-    kernel that looks ahead begins, 1 (the next input) or 0. forward(u, state=None, lengths=None, rate=1.0), step(u, state), default_state(*batch).
+    d_output is d_model, or channels * d_model without `final_act`. mode: dplr (S4), diag (S4D) or dense (LSSL);
+    keywords other than the ones below are options of that kernel (SSMOptions). activation, mult_act: names of
+    module.activation or None; final_act: glu, any activation, id (Linear only) or None (no Linear). l_max: forward
+    cuts the kernel there; swap_channels: the mixing sees (h c) instead of (c h) features; offset: where the kernel
+    that looks ahead begins, 1 (the next input) or 0.
+    forward(u, state=None, lengths=None, rate=1.0, return_state=True), step(u, state), default_state(*batch). Training loops pass
+    return_state=False: the new state is then neither computed nor returned.
     ValueError: unknown mode or option (the nearest is named), and combinations that cannot work.
     """
 
-    def __init__(self, d_model, d_state=64, mode="dplr", channels=1, bidirectional=False, activation="gelu", final_act="glu",
-                 mult_act=None, dropout=0.0, tie_dropout=False, swap_channels=False, l_max=None, offset=1, **kernel_options):
+    def __init__(self, d_model, d_state=64, mode="dplr", channels=1, bidirectional=False, activation="gelu",
+                 final_act="glu", mult_act=None, dropout=0.0, tie_dropout=False, swap_channels=False, l_max=None,
+                 offset=1, **kernel_options):
         make = KERNELS[one_of("mode", mode, KERNELS)]
         kernels = channels * (2 if bidirectional else 1) * (2 if is_glu(activation) else 1)
         if mode == "dplr":
             kernel_options["l_max"] = l_max
-        super().__init__(make(d_model, d_state, kernels, **kernel_options), activation, final_act, mult_act, dropout, tie_dropout,
-                         bidirectional, swap_channels, l_max, offset)
+        kernel = make(d_model, d_state, kernels, **kernel_options)
+        super().__init__(kernel, activation, final_act, mult_act, dropout, tie_dropout, bidirectional, swap_channels,
+                         l_max, offset)
 
 
 class S4D(S4Block):

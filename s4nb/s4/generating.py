@@ -11,30 +11,34 @@ from ..hippo.discretization import discretize
 from .nplr import real_ssm
 from ..ssm.krylov import power
 
-# %% ../../nbs/3_s4/12_generating.ipynb #430cb611
+# %% ../../nbs/3_s4/12_generating.ipynb #45e70a29
 def nodes(L, dtype=torch.complex128, device=None):
-    """The finite nodes z_k = 2i tan(pi k / L), k = 0 … ceil(L/2)-1, on the imaginary axis: (ceil(L/2)) complex `dtype`.
+    """The finite nodes z_k = 2i tan(pi k / L), k = 0 … ceil(L/2)-1, on the imaginary axis.
 
-    They are z = 2(1-w)/(1+w) at the roots of unity w_k = exp(-2 pi i k / L); for even L the last root, w = -1, is a pole and is left out.
-    Computed in float64, rounded once.
+    Returns (ceil(L/2)) complex `dtype`, computed in float64, rounded once. They are z = 2(1-w)/(1+w) at the roots of
+    unity w_k = exp(-2 pi i k / L); for even L the last root, w = -1, is a pole and is left out.
     """
     k = torch.arange((L + 1) // 2, dtype=torch.float64, device=device)
     return torch.complex(torch.zeros_like(k), 2 * torch.tan(torch.pi * k / L)).to(dtype)
 
-# %% ../../nbs/3_s4/12_generating.ipynb #691943f6
+# %% ../../nbs/3_s4/12_generating.ipynb #8b32c9e8
 def cauchy_naive(v, z, w):
-    "Cauchy sum over conjugate pairs, literally: v (… m), z (l), w (… m) -> (… l), sum_j v_j/(z-w_j) + conj(v_j)/(z-conj(w_j))."
+    """Cauchy sum over conjugate pairs, literally: v (… m), z (l), w (… m) -> (… l).
+
+    The sum is sum_j v_j/(z-w_j) + conj(v_j)/(z-conj(w_j)).
+    """
     v, w, z = v.unsqueeze(-1), w.unsqueeze(-1), z.unsqueeze(-2)
     return (v / (z - w) + v.conj() / (z - w.conj())).sum(-2)
 
-# %% ../../nbs/3_s4/12_generating.ipynb #bfc6fe92
+# %% ../../nbs/3_s4/12_generating.ipynb #a56386cf
 def dplr_kernel(Lambda, P, B, C_tilde, dt, L, cauchy=cauchy_naive):
     """Convolution kernel of bilinear DPLR systems from their generating function (S4, Algorithm 1): real (b c h L).
 
-    Lambda (h m), P (r h m), B (b h m), C_tilde (c h m) = C (I - Ab^L), complex, one of each conjugate pair; dt (h 1), or (h m)
-    for a step size of its own for each mode. `cauchy(v, z, w)` is a sum over conjugate pairs with v (h R m), z (l), w (h 1 m).
+    Lambda (h m), P (r h m), B (b h m), C_tilde (c h m) = C (I - Ab^L), complex, one of each conjugate pair;
+    dt (h 1), or (h m) for a step size of its own for each mode. `cauchy(v, z, w)` is a sum over conjugate pairs
+    with v (h R m), z (l), w (h 1 m).
     """
-    r, b, z = P.shape[0], B.shape[0], nodes(L, Lambda.dtype, Lambda.device)[1:]
+    r, b, z = P.shape[0], B.shape[0], nodes(L, P.dtype, P.device)[1:]
     left, right, dt = (x.to(torch.complex128) for x in (torch.cat([C_tilde, P.conj()]), torch.cat([B, P]), dt))
     v, w = torch.einsum("ihm,jhm->hijm", left, right * dt), dt * Lambda        # all numerators, all poles
     k_0 = 2 * (v / -w[:, None, None]).real.sum(-1, keepdim=True)               # the node z = 0, in float64
@@ -54,9 +58,12 @@ def woodbury(k, r, b):
     M = M + torch.eye(r, dtype=M.dtype, device=M.device)
     return k_CB - (k_CP @ torch.linalg.solve(M, k_PB)).permute(0, 2, 3, 1)
 
-# %% ../../nbs/3_s4/12_generating.ipynb #aadb3a69
+# %% ../../nbs/3_s4/12_generating.ipynb #cd9f65db
 def discrete_real(Lambda, P, B, dt):
-    "Bilinear Ab (h n n), Bb (h n) in the real form (Re s, Im s), float64: Lambda, B (h m), P (r h m), dt (h 1) or (h m)."
+    """Bilinear Ab (h n n), Bb (h n) in the real form (Re s, Im s), float64.
+
+    Lambda, B (h m), P (r h m), dt (h 1) or (h m).
+    """
     Lambda, P, B = (x.to(torch.complex128) for x in (Lambda, P, B))
     dt = dt.double().expand(Lambda.shape).repeat(1, 2)
     A, B, _ = real_ssm(Lambda, P, B, B)

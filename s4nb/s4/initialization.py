@@ -14,9 +14,9 @@ import torch
 from ..module import one_of
 from .nplr import nplr
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #73ec041e
+# %% ../../nbs/3_s4/15_initialization.ipynb #75fda462
 def frequencies(law, N, k):
-    "Magnitude of Im Lambda for mode numbers k (… m), float64, by the laws of S4D section 4; N = 2m is the state size."
+    "Magnitude of Im Lambda for mode numbers k (… m), float64, by the laws of S4D section 4; state size N = 2m."
     match law:
         case "lin": return math.pi * k
         case "inv": return N / math.pi * (N / (2 * k + 1) - 1)
@@ -25,15 +25,19 @@ def frequencies(law, N, k):
         case "real": return torch.zeros_like(k)
         case "legs": return -nplr("legs", N)[0].imag.expand(k.shape)
 
-LAWS = {"lin": "lin", "linear": "lin", "inv": "inv", "inverse": "inv", "inv2": "inv2", "inverse2": "inv2", "quad": "quad", "quadratic": "quad",
-        "real": "real", "random": "random", "rand": "random", "legs": "legs", "hippo": "legs", "": "legs"}
+LAWS = {"lin": "lin", "linear": "lin", "inv": "inv", "inverse": "inv", "inv2": "inv2", "inverse2": "inv2",
+        "quad": "quad", "quadratic": "quad", "real": "real", "random": "random", "rand": "random",
+        "legs": "legs", "hippo": "legs", "": "legs"}
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #78fb150d
+# %% ../../nbs/3_s4/15_initialization.ipynb #d56f6889
 @dataclass
 class InitOptions:
-    """How A, B and P start. `B_init`: constant, random, alternating, unit-cw or unit-ccw (the `legs` law brings its own B).
-    `B_clip` limits |Im B| of HiPPO measures and of the `legs` law; scales, B_init and random variants apply to `diag-` and
-    `dplr-` laws; `normalize` scales B so that a constant input gives outputs of unit variance over a random C."""
+    """How A, B and P start.
+
+    `B_init`: constant, random, alternating, unit-cw or unit-ccw (the `legs` law brings its own B). `B_clip` limits
+    |Im B| of HiPPO measures and of the `legs` law; scales, B_init and random variants apply to `diag-` and `dplr-`
+    laws; `normalize` scales B so that a constant input gives outputs of unit variance over a random C.
+    """
     init: str = "legs"
     rank: int = 1
     B_init: str = "constant"
@@ -46,11 +50,12 @@ class InitOptions:
     imag_random: bool = False
     normalize: bool = False
 
-GROUPS = {"hippo": ("legs", "fourier"), "diag": ("diag-inv", "diag-lin"), "all": ("legs", "fourier", "diag-inv", "diag-lin")}
+GROUPS = {"hippo": ("legs", "fourier"), "diag": ("diag-inv", "diag-lin"),
+          "all": ("legs", "fourier", "diag-inv", "diag-lin")}
 MEASURES = ("legs", "legsd", "legt", "lagt", "fout", "fourier", "foud", "fourier_diag", "fourier_decay", "fourier2")
 INITS = (*MEASURES, *GROUPS, "dplr", *(f"{kind}-{law}" for kind in ("diag", "dplr") for law in LAWS if law))
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #d149802e
+# %% ../../nbs/3_s4/15_initialization.ipynb #bac347ac
 def clip_imag(B, limit):
     "B with its imaginary part limited to [-limit, limit]; None leaves it."
     return B if limit is None else torch.complex(B.real, B.imag.clamp(-limit, limit))
@@ -72,7 +77,10 @@ def init_law(kind, law, N, s, o, generator):
     k = torch.arange(m, dtype=torch.float64).expand(s, m)
     rand = lambda: torch.rand(s, m, dtype=torch.float64, generator=generator)
     random_k = m * rand() if o.imag_random else k
-    imag = torch.randn(s, m, dtype=torch.float64, generator=generator).exp() if law == "random" else frequencies(law, N, random_k)
+    if law == "random":
+        imag = torch.randn(s, m, dtype=torch.float64, generator=generator).exp()
+    else:
+        imag = frequencies(law, N, random_k)
     if law == "real":
         real = 1 + (m * rand() if o.real_random else k)
     else:
@@ -85,7 +93,7 @@ def init_law(kind, law, N, s, o, generator):
     P = torch.randn(o.rank, s, m, dtype=torch.complex128, generator=generator) * (0 if kind == "diag" else o.P_scale)
     return A, P, o.B_scale * input_vector(o, k, m, generator), C0
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #b4f3458b
+# %% ../../nbs/3_s4/15_initialization.ipynb #5798af93
 def init_one(name, N, s, o, generator):
     "As `initialize`, for one member of a group and s copies."
     kind, _, law = name.partition("-")
@@ -93,15 +101,17 @@ def init_one(name, N, s, o, generator):
         A, P, B, C0 = init_law(kind, LAWS[law], N, s, o, generator)
     else:
         Lambda, P, B, V = nplr(name, N, o.rank)
-        A, P, B, C0 = Lambda.expand(s, -1), P[:, None].expand(-1, s, -1), clip_imag(B, o.B_clip).expand(s, -1), V[0].expand(s, -1)
-    if o.normalize:                                     # a constant input, for ever: the output has unit variance over a random C
+        A, P = Lambda.expand(s, -1), P[:, None].expand(-1, s, -1)
+        B, C0 = clip_imag(B, o.B_clip).expand(s, -1), V[0].expand(s, -1)
+    if o.normalize:                 # a constant input, for ever: the output has unit variance over a random C
         B = B / (2 * (B / A).abs().square().sum(-1, keepdim=True)).sqrt()
     return A, P, B, C0
 
 def initialize(N, n_ssm=1, options=InitOptions(), generator=None):
-    """Starting point of `n_ssm` SSMs of (even) state size N, m = N/2: complex128 A (s m), P (rank s m), B (s m), C0 (s m).
+    """Starting point of `n_ssm` SSMs of (even) state size N, m = N/2.
 
-    C0 reads out the first HiPPO coefficient, or the first mode of a spectrum without a basis. Names of groups split the copies among their members.
+    Returns complex128 A (s m), P (rank s m), B (s m), C0 (s m). C0 reads out the first HiPPO coefficient, or the first
+    mode of a spectrum without a basis. Names of groups split the copies among their members.
     ValueError: unknown init, a rank below the measure's minimum, odd N, n_ssm not divisible by the group's size.
     """
     if N < 2 or N % 2:
@@ -109,14 +119,18 @@ def initialize(N, n_ssm=1, options=InitOptions(), generator=None):
     name = one_of("init", options.init, INITS)
     members = GROUPS.get(name, (name,))
     if n_ssm % len(members):
-        raise ValueError(f"init {name!r} splits the SSMs among {members}: n_ssm must be a multiple of {len(members)}, got {n_ssm}")
+        raise ValueError(f"init {name!r} splits the SSMs among {members}: "
+                         f"n_ssm must be a multiple of {len(members)}, got {n_ssm}")
     parts = [init_one(member, N, n_ssm // len(members), options, generator) for member in members]
     A, P, B, C0 = zip(*parts)
     return torch.cat(A), torch.cat(P, 1), torch.cat(B), torch.cat(C0)
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #b4b24469
+# %% ../../nbs/3_s4/15_initialization.ipynb #59bae2b3
 def init_dt(h, m, dt_min=1e-3, dt_max=1e-1, tie=True, deterministic=False, generator=None):
-    "Log-uniform step sizes in [dt_min, dt_max], float64: (h 1), or (h m) if not `tie`. `deterministic` spaces them evenly in log dt."
+    """Log-uniform step sizes in [dt_min, dt_max], float64: (h 1), or (h m) if not `tie`.
+
+    `deterministic` spaces them evenly in log dt.
+    """
     if not 0 < dt_min <= dt_max:
         raise ValueError(f"step sizes must satisfy 0 < dt_min <= dt_max; got dt_min={dt_min}, dt_max={dt_max}")
     if deterministic:
@@ -125,7 +139,7 @@ def init_dt(h, m, dt_min=1e-3, dt_max=1e-1, tie=True, deterministic=False, gener
         u = torch.rand(h, 1 if tie else m, dtype=torch.float64, generator=generator)
     return torch.exp(math.log(dt_min) + u * (math.log(dt_max) - math.log(dt_min)))
 
-# %% ../../nbs/3_s4/15_initialization.ipynb #8cf1fa18
+# %% ../../nbs/3_s4/15_initialization.ipynb #a186984d
 TRANSFORMS = ("none", "exp", "relu", "sigmoid", "softplus")
 
 def positive(x, transform):
@@ -146,6 +160,7 @@ def stored(p, transform):
         case "relu": return floor - 1e-4
         case "sigmoid":
             if p.max() >= 1:
-                raise ValueError(f"the sigmoid transform represents numbers below 1, got {p.max():.4g}; use exp or softplus")
+                raise ValueError(f"the sigmoid transform represents numbers below 1, got {p.max():.4g}; "
+                                 "use exp or softplus")
             return torch.logit(floor)
         case "softplus": return floor + torch.log(-torch.expm1(-floor))

@@ -19,13 +19,16 @@ from .recurrence import (diag_advance, diag_discretize, dplr_step, dplr_step_ter
 from ..ssm.krylov import advance
 from ..ssm.layer import Kernel
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #1da07a9b
+# %% ../../nbs/3_s4/17_kernels.ipynb #5d630652
 @dataclass
 class SSMOptions(InitOptions):
-    """Options of the structured kernels, beyond how they start. `lr`: None, one rate for all SSM parameters, or a dict with keys of
-    dt, A, B, C (0.0 freezes); `wd` likewise. `disc`: bilinear (DPLR); zoh, bilinear or dss (diagonal).
-    `dt_fast` stores asinh of what dt_transform would store, so that a gradient step moves large |inv_dt| faster; `bandlimit`, in
-    units of the Nyquist rate at the training step, removes modes above it (1.0: none below Nyquist); `is_real`: N real modes."""
+    """Options of the structured kernels, beyond how they start.
+
+    `lr`: None, one rate for all SSM parameters, or a dict with keys of dt, A, B, C (0.0 freezes); `wd` likewise.
+    `disc`: bilinear (DPLR); zoh, bilinear or dss (diagonal). `dt_fast` stores asinh of what dt_transform would store,
+    so that a gradient step moves large |inv_dt| faster; `bandlimit`, in units of the Nyquist rate at the training
+    step, removes modes above it (1.0: none below Nyquist); `is_real`: N real modes.
+    """
     n_ssm: int | None = None
     dt_min: float = 1e-3
     dt_max: float = 1e-1
@@ -50,7 +53,7 @@ def of_parameter(value, key):
         one_of("parameter in lr or wd", got, ("dt", "A", "B", "C"))
     return value.get(key)
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #29b34983
+# %% ../../nbs/3_s4/17_kernels.ipynb #81aacb79
 class StructuredKernel(Kernel):
     "Parameters shared by DPLRKernel and DiagKernel; see SSMOptions."
     discs: tuple = ()
@@ -59,12 +62,16 @@ class StructuredKernel(Kernel):
         super().__init__(d_model, d_state, channels)
         s, m = d_model if opts.n_ssm is None else opts.n_ssm, d_state // 2
         if s < 1 or d_model % s:
-            raise ValueError(f"n_ssm copies are shared by equal numbers of features: n_ssm={s} must divide d_model={d_model}")
+            raise ValueError("n_ssm copies are shared by equal numbers of features: "
+                             f"n_ssm={s} must divide d_model={d_model}")
         self.n_ssm, self.options = s, opts
         self.disc = one_of(f"disc of {type(self).__name__}", opts.disc or self.discs[0], self.discs)
         A, P, B, C0 = initialize(d_state, s, opts)
         dt = init_dt(d_model, m, opts.dt_min, opts.dt_max, opts.dt_tie, opts.deterministic)
-        C = C0.repeat(d_model // s, 1).expand(channels, -1, -1) if opts.deterministic else torch.randn(channels, d_model, m, dtype=A.dtype)
+        if opts.deterministic:
+            C = C0.repeat(d_model // s, 1).expand(channels, -1, -1)
+        else:
+            C = torch.randn(channels, d_model, m, dtype=A.dtype)
         inv_dt = stored(dt, opts.dt_transform)
         self.store("inv_dt", torch.asinh(inv_dt) if opts.dt_fast else inv_dt, "dt")
         self.store("A_real", stored((-A.real).clamp(min=1e-4), opts.real_transform), "A")
@@ -81,24 +88,25 @@ class StructuredKernel(Kernel):
         return x.repeat(*[1] * (x.ndim - 2), self.d_model // self.n_ssm, 1)
 
     def dt(self):
-        "Step sizes (h 1) or (h m)."
-        x = self.inv_dt.sinh() if self.options.dt_fast else self.inv_dt
-        return positive(x, self.options.dt_transform)
+        "Step sizes (h 1) or (h m), float64."
+        x = self.inv_dt.double()
+        return positive(x.sinh() if self.options.dt_fast else x, self.options.dt_transform)
 
     def A(self):
-        "Eigenvalues (h m), complex, negative real part."
-        return self.share(torch.complex(-positive(self.A_real, self.options.real_transform),
-                                        -positive(self.A_imag, self.options.imag_transform)))
+        "Eigenvalues (h m), complex128, negative real part."
+        return self.share(torch.complex(-positive(self.A_real.double(), self.options.real_transform),
+                                        -positive(self.A_imag.double(), self.options.imag_transform)))
 
     def default_state(self, *batch, device=None):
         "The zero state, complex (*batch h m)."
         return torch.zeros(*batch, self.d_model, self.d_state // 2, device=device or self.C.device,
                            dtype=torch.complex128 if self.C.dtype == torch.float64 else torch.complex64)
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #e0bf2b1b
+# %% ../../nbs/3_s4/17_kernels.ipynb #2797bb51
 class DiagKernel(StructuredKernel):
-    """S4D: kernel of diagonal SSMs (Gu et al. 2022, "On the parameterization and initialization of diagonal state space models").
+    """S4D: kernel of diagonal SSMs.
 
+    Gu et al. 2022, "On the parameterization and initialization of diagonal state space models".
     d_model h, d_state N (real size; `is_real`: N real modes), channels c; every other keyword is a field of SSMOptions.
     """
     discs = ("zoh", "bilinear", "dss")
@@ -119,37 +127,43 @@ class DiagKernel(StructuredKernel):
         self.store("C", C, "C")
 
     def system(self, rate=1.0):
-        "A, B (h m), C (c h m), dt (h 1|m) at this sampling rate; C with the modes above `bandlimit` removed."
-        real, dt = self.options.is_real, self.dt()
-        if real:
-            A, B, C = self.share(-positive(self.A_real, self.options.real_transform)), self.share(self.B), self.C
-            A, B, C = torch.complex(A, 0 * A), torch.complex(B, 0 * B), torch.complex(C, 0 * C)
+        "A (h m) in complex128, B (h m), C (c h m), dt (h 1|m) at this rate; C with the modes above `bandlimit` removed."
+        dt = self.dt()
+        if self.options.is_real:
+            A, B, C = -positive(self.A_real.double(), self.options.real_transform), self.B, self.C
+            A, B, C = (torch.complex(x, 0 * x) for x in (self.share(A), self.share(B), C))
         else:
-            A, B, C = self.A(), self.share(torch.view_as_complex(self.B).unsqueeze(0)).squeeze(0), torch.view_as_complex(self.C)
+            B, C = torch.view_as_complex(self.B), torch.view_as_complex(self.C)
+            A, B = self.A(), self.share(B.unsqueeze(0)).squeeze(0)
         if self.options.bandlimit is not None:
             C = C * (dt * A.imag.abs() / (2 * torch.pi) < self.options.bandlimit / 2)
         return A, B, C, dt * rate
 
+    def discrete(self, rate=1.0):
+        "log Ab (h m), complex128 to keep phases of long kernels exact; Bb (h m), C (c h m) in the module's precision."
+        A, B, C, dt = self.system(rate)
+        x, Bb = diag_discretize(A, B, dt, self.disc)
+        return x, Bb.to(C.dtype), C
+
     def forward(self, L, rate=1.0, state=None):
         "K (c h L), and with a state (b h m) its contribution K_state (b c h L) to the outputs."
-        A, B, C, dt = self.system(rate)
         if self.disc == "dss":
             if state is not None:
                 self.refuse_dss()
-            return dss_kernel(A, B, C, dt, L, self.options.backend), None
-        x, Bb = diag_discretize(A, B, dt, self.disc)
+            return dss_kernel(*self.system(rate), L, self.options.backend), None
+        x, Bb, C = self.discrete(rate)
         K = log_vandermonde(C * Bb, x, L, backend=self.options.backend)
         if state is None:
             return K, None
-        return K, log_vandermonde(C * (x.exp() * state).unsqueeze(1), x, L, backend=self.options.backend)
+        v = C * (x.exp().to(C.dtype) * state).unsqueeze(1)
+        return K, log_vandermonde(v, x, L, backend=self.options.backend)
 
     def advance(self, u, state=None, rate=1.0, lengths=None):
         "State (b h m) after the last valid input of u (b h l)."
         if self.disc == "dss":
             self.refuse_dss()
-        A, B, _, dt = self.system(rate)
-        x, Bb = diag_discretize(A, B, dt, self.disc)
-        return diag_advance(x, Bb, u.to(x.real.dtype), state, lengths)
+        x, Bb, _ = self.discrete(rate)
+        return diag_advance(x, Bb, u.to(Bb.real.dtype), state, lengths)
 
     def step(self, u, state):
         "u (b h), state (b h m) -> y (b c h), new state."
@@ -160,41 +174,46 @@ class DiagKernel(StructuredKernel):
         return 2 * torch.einsum("chm,bhm->bch", C, state).real, state
 
     def step_terms(self):
-        A, B, C, dt = self.system()
-        x, Bb = diag_discretize(A, B, dt, self.disc)
-        return x.exp(), Bb, C
+        x, Bb, C = self.discrete()
+        return x.exp().to(C.dtype), Bb, C
 
     def refuse_dss(self):
-        raise ValueError("disc='dss' normalises the kernel over its whole length, so it has no recurrence and no state; use disc='zoh'")
+        raise ValueError("disc='dss' normalises the kernel over its whole length, "
+                         "so it has no recurrence and no state; use disc='zoh'")
 
     def default_state(self, *batch, device=None):
         "The zero state, complex (*batch h m)."
         state = super().default_state(*batch, device=device)
         return state.new_zeros(*batch, self.d_model, self.A_real.shape[-1])
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #9afe24be
+# %% ../../nbs/3_s4/17_kernels.ipynb #96451179
 def dss_kernel(A, B, C, dt, L, backend=None):
-    "Diagonal State Spaces with softmax-normalised modes (Gupta et al. 2022): K_l = Re sum_n C B e^{l dt A} (e^{dt A} - 1) / (A (e^{L dt A} - 1))."
+    """Diagonal State Spaces with softmax-normalised modes (Gupta et al. 2022).
+
+    K_l = Re sum_n C B e^{l dt A} (e^{dt A} - 1) / (A (e^{L dt A} - 1)).
+    """
     a = dt * A
     growing = a.real > 0                                     # shifted by L - 1 steps so that no exponential overflows
     sign = torch.where(growing, -1.0, 1.0)
     numerator, denominator = torch.expm1(sign * a), torch.expm1(sign * a * L) * A
     reciprocal = denominator.conj() / (denominator * denominator.conj() + 1e-7)
     v = C * B * numerator * reciprocal * torch.where(growing, torch.exp(-a * (L - 1)), torch.ones_like(a))
-    return log_vandermonde(v, a, L, backend=backend) / 2
+    return log_vandermonde(v.to(C.dtype), a, L, backend=backend) / 2
 
-# %% ../../nbs/3_s4/17_kernels.ipynb #05455984
+# %% ../../nbs/3_s4/17_kernels.ipynb #f50a84e4
 class DPLRKernel(StructuredKernel):
-    """S4: kernel of diagonal-plus-low-rank SSMs, bilinear (Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces").
+    """S4: kernel of diagonal-plus-low-rank SSMs, bilinear.
 
-    d_model h, d_state N (even), channels c; `l_max` calls set_length(l_max); every other keyword is a field of SSMOptions.
+    Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces". d_model h, d_state N (even),
+    channels c; `l_max` calls set_length(l_max); every other keyword is a field of SSMOptions.
     """
     discs = ("bilinear",)
 
     def __init__(self, d_model, d_state=64, channels=1, l_max=None, **given):
         opts = options(SSMOptions, given, "DPLRKernel")
         if opts.is_real or opts.bandlimit is not None:
-            raise ValueError("is_real and bandlimit act on single modes, which a low-rank term couples: they need mode 'diag'")
+            raise ValueError("is_real and bandlimit act on single modes, which a low-rank term couples: "
+                             "they need mode 'diag'")
         super().__init__(d_model, d_state, channels, opts)
         self.l_kernel = 0
         if l_max is not None:
@@ -207,7 +226,7 @@ class DPLRKernel(StructuredKernel):
         self.store("C", C, "C")
 
     def system(self, rate=1.0):
-        "Lambda (h m), P (r h m), B (h m), dt (h 1) or (h m) at this sampling rate."
+        "Lambda (h m) in complex128, P (r h m), B (h m), dt (h 1) or (h m) at this sampling rate."
         P, B = torch.view_as_complex(self.P), torch.view_as_complex(self.B)
         return self.A(), self.share(P), self.share(B.unsqueeze(0)).squeeze(0), self.dt() * rate
 
@@ -245,9 +264,7 @@ class DPLRKernel(StructuredKernel):
         "K (c h L), and with a state (b h m) its contribution K_state (b c h L) to the outputs."
         Lambda, P, B, dt = self.system(rate)
         C, l = self.C_tilde(L, rate)
-        B = B.unsqueeze(0)
-        if state is not None:
-            B = torch.cat([B, state_as_input(Lambda, P, state, dt)])
+        B = B[None] if state is None else torch.cat([B[None], state_as_input(Lambda, P, state, dt)])
         K = dplr_kernel(Lambda, P, B, C, dt, l, partial(cauchy, backend=self.options.backend))[..., :L]
         return K[0], None if state is None else K[1:]
 
@@ -266,7 +283,7 @@ class DPLRKernel(StructuredKernel):
 
     def step_terms(self):
         Lambda, P, B, dt = self.system()
-        return dplr_step_terms(Lambda, P, B, dt), self.true_C().to(Lambda.dtype)
+        return [x.to(P.dtype) for x in dplr_step_terms(Lambda, P, B, dt)], self.true_C().to(P.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

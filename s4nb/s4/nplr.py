@@ -25,12 +25,13 @@ def conjugate_half(K):
         mu = torch.cat([mu[keep], mu.new_zeros(n_zero // 2)])
     return mu[: N // 2], V[:, : N // 2]
 
-# %% ../../nbs/3_s4/11_nplr.ipynb #88dde1f3
+# %% ../../nbs/3_s4/11_nplr.ipynb #41156fa3
 def nplr(measure, N, rank=1):
     """Normal-plus-low-rank form of a HiPPO matrix in its unitary eigenbasis (S4, Theorem 1).
 
-    Returns complex128 `(Lambda (m), P (rank, m), B (m), V (N, m))`, m = N/2, one of each conjugate pair, Im Lambda <= 0 ascending:
-    A = 2 Re(V diag(Lambda) V^*) - sum_r p_r p_r^T with p_r = 2 Re(V P_r), and B_real = 2 Re(V B).
+    Returns complex128 `(Lambda (m), P (rank, m), B (m), V (N, m))`, m = N/2, one of each conjugate pair,
+    Im Lambda <= 0 ascending: A = 2 Re(V diag(Lambda) V^*) - sum_r p_r p_r^T with p_r = 2 Re(V P_r),
+    and B_real = 2 Re(V B).
     ValueError: N odd or < 2, unknown measure, or a rank below what the measure needs.
     """
     if N < 2 or N % 2:

@@ -10,20 +10,24 @@ import torch
 from ..ops.vandermonde_sum import log_vandermonde_transpose
 from ..ssm.krylov import latest_first
 
-# %% ../../nbs/3_s4/16_recurrence.ipynb #ea572479
+# %% ../../nbs/3_s4/16_recurrence.ipynb #9e8c6310
 def diag_discretize(A, B, dt, disc="zoh"):
-    "log Ab and Bb of diagonal systems, mode by mode: A, B (… m) complex, dt broadcasts against them; disc zoh or bilinear."
+    """log Ab and Bb of diagonal systems, mode by mode.
+
+    A, B (… m) complex, dt broadcasts against them; disc zoh or bilinear.
+    """
     a = dt * A
     if disc == "zoh":
         return a, B * torch.expm1(a) / A
     return 2 * torch.atanh(a / 2), dt * B / (1 - a / 2)
 
-# %% ../../nbs/3_s4/16_recurrence.ipynb #eafd27a5
+# %% ../../nbs/3_s4/16_recurrence.ipynb #66eee0d3
 def dplr_step_terms(Lambda, P, B, dt):
     """What the O(N) bilinear step of a DPLR system needs, computed once: Lambda, B (h m), P (r h m), dt (h 1) or (h m).
 
     Returns D (h m), E (h m), P, Q (r h m) and 2B (h m): see `dplr_step`.
     """
+    P, B = P.to(Lambda.dtype), B.to(Lambda.dtype)
     D, E = 1 / (2 / dt - Lambda), 2 / dt + Lambda
     PDP = 2 * torch.einsum("ihm,hm,jhm->hij", P.conj(), D, P).real
     M = torch.linalg.inv(torch.eye(P.shape[0], dtype=PDP.dtype, device=PDP.device) + PDP)
@@ -50,8 +54,8 @@ def diag_advance(x, Bb, u, state, lengths=None):
         return new
     return new + state * torch.exp(x.to(torch.complex128) * lengths[:, None, None]).to(new.dtype)
 
-# %% ../../nbs/3_s4/16_recurrence.ipynb #44b471cc
+# %% ../../nbs/3_s4/16_recurrence.ipynb #bd3a0351
 def state_as_input(Lambda, P, state, dt):
-    "The input vectors (b h m) whose impulse response is what `state` (b h m) contributes to the outputs of a bilinear DPLR system."
+    "Input vectors (b h m) of a bilinear DPLR system whose impulse response is what `state` (b h m) adds to the output."
     A_state = Lambda * state - torch.einsum("rhm,bhr->bhm", P, both(P.conj(), state))
     return state / dt + A_state / 2
