@@ -156,11 +156,11 @@ def test_checkpoint_from_1024_runs_at_4096_and_100():
 
 
 @settings(max_examples=20, deadline=None)
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4), mode=st.sampled_from(["dplr", "diag", "dense"]), bidirectional=st.booleans(),
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4), mode=st.sampled_from(["dplr", "diag", "dense", "conv", "ema"]), bidirectional=st.booleans(),
        extra=st.integers(0, 9))
 def test_padding_changes_nothing(lengths, mode, bidirectional, extra):
     torch.manual_seed(0)
-    block = S4Block(3, 8, mode=mode, bidirectional=bidirectional).double()
+    block = S4Block(3, 8, mode=mode, bidirectional=bidirectional, l_max=12 if mode == "conv" else None).double()
     n, L = torch.tensor(lengths), max(lengths)
     valid = (torch.arange(L) < n[:, None])[..., None]
     u = torch.randn(len(lengths), L, 3, dtype=torch.float64)
@@ -184,9 +184,12 @@ def test_padding_changes_nothing(lengths, mode, bidirectional, extra):
         assert state is None or torch.allclose(state[row], state2[row], atol=1e-9)
 
 
-@pytest.mark.parametrize("mode", ["dplr", "diag", "dense"])
+MODES = {"dplr": {}, "diag": {}, "dense": {}, "conv": {"l_max": 9}, "ema": {}}
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_gradient_flows_through_the_state(mode):
-    block = S4Block(2, 8, mode=mode).double()
+    block = S4Block(2, 8, mode=mode, **MODES[mode]).double()
     u = torch.randn(1, 20, 2, dtype=torch.float64, requires_grad=True)
     whole = block(u)[0][:, 12:].square().sum()
     g_whole, = torch.autograd.grad(whole, u)
@@ -195,9 +198,9 @@ def test_gradient_flows_through_the_state(mode):
     assert torch.allclose(g_whole, g_chunks, atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["dplr", "diag", "dense"])
+@pytest.mark.parametrize("mode", MODES)
 def test_copies_pickles_two_instances_autocast(mode):
-    block, u = S4Block(4, 8, mode=mode), torch.randn(2, 30, 4)
+    block, u = S4Block(4, 8, mode=mode, **MODES[mode]), torch.randn(2, 30, 4)
     with torch.no_grad():
         y = block(u)[0]
         block.step(u[:, 0], block.default_state(2))                       # fills the cache
@@ -207,7 +210,7 @@ def test_copies_pickles_two_instances_autocast(mode):
             half = block(u.bfloat16())[0]
         assert half.dtype == torch.bfloat16 and gap(half.float(), y) < 0.05
         assert block.kernel(30)[0].dtype == torch.float32
-    two = torch.nn.ModuleList([block, S4Block(4, 8, mode=mode)])
+    two = torch.nn.ModuleList([block, S4Block(4, 8, mode=mode, **MODES[mode])])
     two[1](two[0](u)[0])[0].sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in two.parameters())
 
@@ -225,7 +228,8 @@ def test_options_that_matter_later():
 
 BAD = [(dict(mode="dplrr"), "dplr"), (dict(init="legz"), "legs"), (dict(dt_mni=1), "dt_min"), (dict(init="legt"), "rank"), (dict(d_state=7), "even"),
        (dict(n_ssm=3), "n_ssm"), (dict(init="all", n_ssm=2), "multiple"), (dict(disc="zoh"), "bilinear"), (dict(bandlimit=0.5), "diag"),
-       (dict(lr={"a": 1.0}), "dt"), (dict(activation="gelo"), "gelu"), (dict(dt_min=0.2), "dt_min"), (dict(l_max=0), "l_max"), (dict(real_transform="ex"), "exp")]
+       (dict(lr={"a": 1.0}), "dt"), (dict(activation="gelo"), "gelu"), (dict(dt_min=0.2), "dt_min"), (dict(l_max=0), "l_max"), (dict(real_transform="ex"), "exp"),
+       (dict(mode="conv"), "l_max"), (dict(mode="ema", init="legs"), "EMAKernel"), (dict(mode="dense", dt_mni=1), "dt_min")]
 
 
 @pytest.mark.parametrize("bad, hint", BAD)

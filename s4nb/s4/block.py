@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['KERNELS', 'S4Block', 'S4D']
 
-# %% ../../nbs/3_s4/18_block.ipynb #d864f498
+# %% ../../nbs/3_s4/18_block.ipynb #e99b06b6
 from ..module import is_glu, one_of
-from .kernels import DiagKernel, DPLRKernel
+from .kernels import ConvKernel, DiagKernel, DPLRKernel, EMAKernel
 from ..ssm.layer import SSMLayer
 from ..ssm.lssl import DenseKernel
 
-# %% ../../nbs/3_s4/18_block.ipynb #38838df3
-KERNELS = {"dplr": DPLRKernel, "diag": DiagKernel, "dense": DenseKernel}
+# %% ../../nbs/3_s4/18_block.ipynb #50a01016
+KERNELS = {"dplr": DPLRKernel, "diag": DiagKernel, "dense": DenseKernel, "conv": ConvKernel, "ema": EMAKernel}
 
 
 class S4Block(SSMLayer):
     """One S4 layer: (b l d_model) -> (b l d_output), state.
 
-    d_output is d_model, or channels * d_model without `final_act`. mode: dplr (S4), diag (S4D) or dense (LSSL);
-    keywords other than the ones below are options of that kernel (SSMOptions). activation, mult_act: names of
+    d_output is d_model, or channels * d_model without `final_act`. mode: dplr (S4), diag (S4D), dense (LSSL), conv (a free
+    kernel of length l_max) or ema (Mega's moving average); keywords other than the ones below are options of that
+    kernel, for dplr and diag the fields of SSMOptions. activation, mult_act: names of
     module.activation or None; final_act: glu, any activation, id (Linear only) or None (no Linear). l_max: forward
     cuts the kernel there; swap_channels: the mixing sees (h c) instead of (c h) features; offset: where the kernel
     that looks ahead begins, 1 (the next input) or 0.
-    forward(u, state=None, lengths=None, rate=1.0, return_state=True), step(u, state), default_state(*batch). Training loops pass
-    return_state=False: the new state is then neither computed nor returned.
+    forward(u, state=None, lengths=None, rate=1.0, return_state=True), step(u, state), default_state(*batch). Training
+    loops pass return_state=False: the new state is then neither computed nor returned.
     ValueError: unknown mode or option (the nearest is named), and combinations that cannot work.
     """
 
@@ -33,11 +34,12 @@ class S4Block(SSMLayer):
                  offset=1, **kernel_options):
         make = KERNELS[one_of("mode", mode, KERNELS)]
         kernels = channels * (2 if bidirectional else 1) * (2 if is_glu(activation) else 1)
-        if mode == "dplr":
+        if mode in ("dplr", "conv"):
             kernel_options["l_max"] = l_max
         kernel = make(d_model, d_state, kernels, **kernel_options)
+        cut = None if mode == "conv" else l_max                    # a free kernel ends there by itself
         super().__init__(kernel, activation, final_act, mult_act, dropout, tie_dropout, bidirectional, swap_channels,
-                         l_max, offset)
+                         cut, offset)
 
 
 class S4D(S4Block):
