@@ -5,6 +5,7 @@ an import of the names it defines from the module it was exported to, so that wh
 Cells flagged `slow`, `gpu` or `data` are left out unless asked for: `pytest nbs --flags "slow gpu"`. What a notebook
 changes for the whole process (default dtype, seeds, environment, plots, ...) is put back before the next one.
 """
+import ast
 import atexit
 import difflib
 import json
@@ -93,7 +94,24 @@ def names(source):
         for child in table.get_children(): visit(child)
 
     visit(symtable.symtable(source, "cell", "exec"))
-    return binds, uses
+    inlined = comprehension_variables(ast.parse(source))
+    return binds - inlined, uses - inlined
+
+
+def comprehension_variables(tree):
+    "Names bound at the top level by comprehensions alone: from Python 3.12 on, symtable counts them to the module."
+    outer, stack = [], [tree]                                # the nodes outside functions and classes
+    while stack:
+        node = stack.pop()
+        outer.append(node)
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            stack.extend(ast.iter_child_nodes(node))
+    targets = [n for c in outer if isinstance(c, ast.comprehension) for n in ast.walk(c.target) if isinstance(n, ast.Name)]
+    inside = {id(n) for n in targets}
+    bound = {n.id for n in outer if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and id(n) not in inside}
+    bound |= {n.name for n in outer if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    bound |= {(a.asname or a.name).split(".")[0] for n in outer if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    return {n.id for n in targets} - bound
 
 
 def read_cells(path):

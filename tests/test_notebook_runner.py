@@ -177,3 +177,9 @@ def test_an_unknown_flag_is_refused(runner):
     class config: getoption = staticmethod(lambda name: "slow slwo")
     with pytest.raises(pytest.UsageError, match=r"unknown \['slwo'\]; known are slow, gpu, data"):
         runner.pytest_configure(config)
+
+
+def test_variables_of_comprehensions_are_no_names_of_the_module(runner):
+    "From Python 3.12 on comprehensions are inlined and symtable shows their variables at the top level."
+    source = "b = 1\nc = [a + b for a in range(3)]\nd = {b: e for b, e in c}\ndef f(): a = 2; return a\nimport g.h\n"
+    assert runner.names(source)[0] == {"b", "c", "d", "f", "g"}
