@@ -328,7 +328,8 @@ def test_what_is_imported_is_required():
     keys = [k for k in settings() if k.endswith("requirements")]
     asked = {r.name.lower().replace("_", "-") for r in requirements(*keys)}
     implied = {"ipython", "traitlets", "omegaconf"}  # come with JupyterLab and Hydra
-    provided = importlib.metadata.packages_distributions() | {"pywt": ["PyWavelets"]}    # Python 3.10 misses it
+    provided = importlib.metadata.packages_distributions()
+    provided |= {"pywt": ["PyWavelets"], "sklearn": ["scikit-learn"], "hydra": ["hydra-core"]}    # Python 3.10 misses them
     for f in [f for f in files(".py", ".ipynb") if f.parts[0] in ("s4nb", "nbs", "tests", ".ci")]:
         for name in set(imported_packages(f)) - own - set(sys.stdlib_module_names):
             given = {d.lower().replace("_", "-") for d in provided.get(name, [])} | {name.lower()}
