@@ -43,7 +43,7 @@ def part(state_dict, prefix):
     "The entries below `prefix`, without it."
     return {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
 
-# %% ../nbs/4_models/28_interop.ipynb #eb1af8b7
+# %% ../nbs/4_models/28_interop.ipynb #34156b4a
 def load_structured(kernel, state_dict):
     "DPLRKernel or DiagKernel from inv_dt, C, B, A_real, A_imag (and P, l_kernel)."
     names = ["inv_dt", "C", "B", "A_real"] + (["A_imag"] if hasattr(kernel, "A_imag") else [])
@@ -61,6 +61,8 @@ def load_minimal_s4d(kernel, state_dict):
 
     The kernel is one with n_ssm = d_model, dt_transform exp, real_transform exp, imag_transform none.
     """
+    if not isinstance(kernel, DiagKernel):
+        raise ValueError(f"the minimal S4D is a diagonal kernel, mode 'diag'; got {type(kernel).__name__}")
     o = kernel.options
     form = (o.dt_transform, o.real_transform, o.imag_transform, o.dt_fast, kernel.disc)
     if form != ("exp", "exp", "none", False, "zoh"):

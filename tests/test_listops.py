@@ -10,7 +10,6 @@ import signal
 import statistics
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest

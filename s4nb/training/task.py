@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['NonFiniteLoss', 'first_bad_parameter', 'require_finite', 'set_length', 'Classification']
 
-# %% ../../nbs/6_training/41_task.ipynb #0191e206
+# %% ../../nbs/6_training/41_task.ipynb #b4375f83
 import lightning as L
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
