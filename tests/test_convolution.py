@@ -83,3 +83,6 @@ def test_parity_with_toeplitz_products(vectors):
         assert torch.allclose(y[0], get("y"), atol=1e-12)
         (y * get("g")).sum().backward()
         assert torch.allclose(u.grad[0], get("grad_u"), atol=1e-12) and torch.allclose(v.grad[0], get("grad_v"), atol=1e-12)
+        a, inverse = get("u_inv_in"), get("inv")                # the inverse of a triangular Toeplitz matrix, as a kernel
+        delta = torch.nn.functional.one_hot(torch.tensor(0), a.shape[-1]).double().expand(a.shape)
+        assert torch.allclose(long_conv(a[None], inverse[None])[0, 0], delta, atol=1e-10)

@@ -1,4 +1,7 @@
 """Chapter 2, s4nb.ssm.views: the dense oracle, against scipy and against itself."""
+import json
+
+import numpy as np
 import torch
 from hypothesis import given, settings, strategies as st
 from s4nb.hippo.discretization import discretize
@@ -45,3 +48,15 @@ def test_complex_systems_and_leading_dimensions():
     powers = lam[:, None] ** torch.arange(20)
     K = torch.einsum("n,hn,nl->hl", c, b, powers)
     assert torch.allclose(kernel(torch.diag(lam), b, c, 20), K, atol=1e-12) and torch.allclose(causal_conv(u, K), y, atol=1e-12)
+
+
+def test_parity_with_time_varying_scans(vectors):
+    "x_t = A_t x_{t-1} + v_t is a step whose input vector is v_t and whose input is 1."
+    data, cases = np.load(vectors / "c_func.npz"), json.loads((vectors / "c_func.json").read_text())["cases"]
+    names = [n for n in cases if n.startswith("scan_")]
+    assert names
+    for name in names:
+        A, v, state, x = (torch.tensor(data[f"{name}/{key}"]) for key in ("A", "u", "s", "x"))
+        for A_t, v_t, x_t in zip(A, v, x):
+            y, state = step(A_t, v_t, torch.ones_like(v_t), torch.ones(len(v_t), dtype=v_t.dtype), state)
+            assert torch.allclose(state, x_t, atol=1e-12) and torch.allclose(y, x_t.sum(-1), atol=1e-12)
