@@ -7,7 +7,7 @@ import torch
 from s4nb.interop import load_state_spaces
 from s4nb.s4.block import S4Block
 from s4nb.s4.initialization import InitOptions, initialize
-from s4nb.s4.kernels import DiagKernel, DPLRKernel
+from s4nb.s4.kernels import DiagKernel, DPLRKernel, SSMOptions
 from s4nb.s4.nplr import nplr
 from s4nb.ssm.layer import SSMLayer
 from s4nb.ssm.lssl import DenseKernel
@@ -72,26 +72,19 @@ def test_initialisations(vectors):
 
 # --- kernels -------------------------------------------------------------------------------------------------------------------------
 
-def build(p):
-    "The kernel that a vector's parameters describe."
-    p = dict(p)
-    dplr = "disc" not in p and not str(p.get("init")).startswith("diag") or "A_only" in p
-    names = set(InitOptions.__dataclass_fields__) | {"n_ssm", "dt_min", "dt_max", "dt_tie", "dt_transform", "dt_fast", "real_transform",
-                                                      "imag_transform", "deterministic", "disc", "bandlimit", "is_real"}
-    options = {k: v for k, v in p.items() if k in names}
-    return (DPLRKernel if dplr else DiagKernel)(p["d_model"], p["d_state"], p.get("channels", 1), **options)
-
-
-DIFFERENT = {"diag_zoh_deterministic", "dplr_deterministic"}           # only their *initial* dt differs (a bug there); loaded, they agree
+def build(name, p):
+    "The kernel that a case describes: dplr_… or diag_<disc>_…"
+    options = {k: v for k, v in p.items() if k in SSMOptions.__dataclass_fields__}
+    family, disc = name.split("_")[:2]
+    if family == "diag":
+        options.setdefault("disc", disc)
+    return (DPLRKernel if family == "dplr" else DiagKernel)(p["d_model"], p["d_state"], p.get("channels", 1), **options)
 
 
 def test_kernels(vectors):
     for name, (p, a, params) in cases(vectors, "d_kernels").items():
-        kernel = build({**p, **({"disc": name.split("_")[1]} if name.startswith("diag_") and "disc" not in p and p.get("init") else {})}
-                       if name.startswith("diag_") else p)
-        kernel.double()
+        kernel, kernel32 = build(name, p).double(), build(name, p)
         load_state_spaces(kernel, params)
-        kernel32 = build(p if not name.startswith("diag_") else {**p, "disc": kernel.disc})
         load_state_spaces(kernel32, params)
         for L in (16, 100, 1024):
             with torch.no_grad():
@@ -108,7 +101,7 @@ def test_stored_length(vectors):
     for name, (p, a, params) in cases(vectors, "d_kernels").items():
         if "K_trunc_f64" not in a:
             continue
-        kernel = build(p).double()
+        kernel = build(name, p).double()
         load_state_spaces(kernel, params)
         kernel.set_length(16)
         assert gap(torch.view_as_complex(kernel.C.detach()), a["Ctilde_f64_L16"]) < 1e-8, name
@@ -122,7 +115,7 @@ def test_rates(vectors):
     "Compared with the exact kernel of dt * rate; the reference resamples approximately."
     for name, (p, a, params) in cases(vectors, "d_rate").items():
         for l_max in (0, p["l_max"]):
-            kernel = build({k: v for k, v in p.items() if k != "l_max"}).double()
+            kernel = build(name, p).double()
             load_state_spaces(kernel, params)
             if l_max and hasattr(kernel, "set_length"):
                 kernel.set_length(l_max)
@@ -135,7 +128,7 @@ def test_rates(vectors):
 
 def test_gradients(vectors):
     for name, (p, a, params) in cases(vectors, "d_grads").items():
-        kernel = build({**p, **({"disc": name.split("_")[1]} if name.startswith("diag") else {})}).double()
+        kernel = build(name, p).double()
         load_state_spaces(kernel, params)
         K = kernel(p["L"])[0]
         tolerance = 1e-6 if "dss" in name else 1e-8
