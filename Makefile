@@ -6,16 +6,18 @@ NB ?=              # notebooks for `make notebooks`; empty: all
 
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := $(BIN)/python s4nb/build.py --quiet    # nothing to do: a twentieth of a second
 PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(strip $(WORKERS)) --dist worksteal
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help demo test stress lab book export notebooks readme lock clean clean-venv
+.PHONY: help demo test stress lab kernels book export notebooks readme lock clean clean-venv
 
 help:
 	@echo "make demo       train S4 on small ListOps on the CPU (under 5 minutes)"
 	@echo "make test       every notebook, every test, every check of the house"
 	@echo "make lab        read and run the book in JupyterLab"
+	@echo "make kernels    compile the native kernels, and say what cannot be (S4NB_BUILD=auto|none|cpu|cuda)"
 	@echo "make book       the book as HTML, in _docs"
 	@echo "make stress     the notebooks' slow cells and the long tests"
 	@echo "make export     notebooks -> modules, and clean the notebooks"
@@ -28,16 +30,23 @@ $(VENV)/.installed: constraints.txt settings.ini setup.py .ci/setup
 	@.ci/setup $(PYTHON)
 
 demo: $(VENV)/.installed
+	@$(NATIVE)
 	@$(BIN)/s4nb train experiment=listops-mini
 
 test: $(VENV)/.installed
+	@$(NATIVE)
 	@$(PYTEST) tests nbs
 
 stress: $(VENV)/.installed
+	@$(NATIVE)
 	@$(PYTEST) tests nbs --flags "$(strip $(FLAGS))" -m "stress or $(subst $(space), or ,$(strip $(FLAGS)))"
 
 lab: $(VENV)/.installed
+	@$(NATIVE)
 	@$(BIN)/jupyter lab nbs/index.ipynb
+
+kernels: $(VENV)/.installed
+	@$(BIN)/python s4nb/build.py
 
 book: $(VENV)/.installed
 	@$(BIN)/python .ci/book.py
@@ -46,6 +55,7 @@ export: $(VENV)/.installed
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 
 notebooks: export
+	@$(NATIVE)
 	@$(BIN)/python .ci/execute.py $(NB)
 
 readme: $(VENV)/.installed
@@ -58,7 +68,7 @@ lock: $(VENV)/.installed
 	@{ grep '^#' constraints.txt; cat .lock; } > .lock.new && mv .lock.new constraints.txt && rm .lock
 
 clean:
-	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis lightning_logs outputs multirun results/tmp
+	@rm -rf _docs _proc build dist *.egg-info s4nb/_C.* s4nb/_cuda.* .pytest_cache .hypothesis lightning_logs outputs multirun results/tmp
 	@find s4nb nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 clean-venv: clean

@@ -354,11 +354,12 @@ def main(arguments=None):
     for kind in given.kinds:
         if kind not in LIBRARIES: raise ValueError(f"no kernels of kind {kind!r}; allowed: {', '.join(LIBRARIES)}")
     if given.quiet: return quiet(given.kinds or asked())
-    records = build_records(given.kinds or asked(), force=given.force)
+    records = build_records(given.kinds or asked(), force=given.force, announce=lambda line: print(line, flush=True))
     for kind, r in records.items():
         state = f"compiled in {r.get('seconds')} s" if r.get("new") else "up to date"
         good = r["reason"] == "ok"
-        print(f"{NAMES[kind]} kernels:", f"{state}: {r['about']}; {target(kind) / LIBRARIES[kind]}.so" if good else why(r))
+        about = f"{state}: {r['about']}; {target(kind) / LIBRARIES[kind]}.so" if good else why(r)
+        print(f"{NAMES[kind]} kernels: {about}")
     if not records: print("S4NB_BUILD=none: nothing is compiled")
     strict = given.kinds or os.environ.get("S4NB_BUILD") in ("cpu", "cuda")
     return int(any(r["reason"] != "ok" and (strict or not r["missing"]) for r in records.values()))
