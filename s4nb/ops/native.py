@@ -1,0 +1,181 @@
+"""The compiled ops: their schemas, shapes and gradients for torch, and the libraries that hold them."""
+from functools import cache
+
+import torch
+from torch.library import register_autograd, register_fake
+
+from ..build import library
+
+SCHEMAS = """
+cauchy(Tensor v, Tensor z, Tensor w, bool conj) -> Tensor
+cauchy_backward(Tensor grad, Tensor v, Tensor z, Tensor w, bool conj, bool need_z) -> (Tensor, Tensor, Tensor)
+dplr_spectrum(Tensor v, Tensor w, SymInt L, bool single) -> (Tensor, Tensor)
+dplr_spectrum_backward(Tensor grad, Tensor sums, Tensor v, Tensor w, SymInt L) -> (Tensor, Tensor)
+vandermonde(Tensor v, Tensor x, SymInt L, bool conj) -> Tensor
+power_sums(Tensor u, Tensor x, bool moments) -> (Tensor, Tensor)
+diag_step(Tensor A, Tensor B, Tensor C, Tensor u, Tensor state) -> (Tensor, Tensor)
+dplr_step(Tensor D, Tensor E, Tensor P, Tensor Q, Tensor B2, Tensor C, Tensor u, Tensor state) -> (Tensor, Tensor)
+"""
+for schema in SCHEMAS.strip().splitlines():
+    torch.library.define(f"s4nb::{schema.split('(')[0]}", schema[schema.index("("):])
+ops = torch.ops.s4nb
+
+
+@cache
+def load(device):
+    "Load the library of device type cpu or cuda, once; RuntimeError: why there is none, and what to do."
+    path, reason = library(device) if device in ("cpu", "cuda") else (None, f"there are no compiled ops for {device}")
+    if path is None: raise RuntimeError(reason)
+    torch.ops.load_library(str(path))
+    return path
+
+
+def plain(x):
+    "Contiguous, its conjugation carried out: what the compiled loops read."
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def differentiated(literal, inputs, grads):
+    "Gradients of `literal(*inputs)`, to be differentiated again if need be, at the price of the literal formula's memory."
+    again, wanted = torch.is_grad_enabled(), [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    with torch.enable_grad(): outputs = literal(*inputs)
+    pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None]
+    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=again))
+    return tuple(next(found) if isinstance(x, torch.Tensor) and x.requires_grad else None for x in inputs)
+
+
+# ---- Cauchy sums: v (b r m), z (b l) or (1 l), w (b m) -> (b r l) -----------------------------------------------------
+def literal_cauchy(v, z, w, conj):
+    "The formula itself."
+    d = z[:, None, None] - w[:, None, :, None]
+    terms = v[..., None] / d
+    if conj: terms = terms + v.conj()[..., None] / (z[:, None, None] - w.conj()[:, None, :, None])
+    return terms.sum(-2),
+
+
+@register_fake("s4nb::cauchy")
+def _(v, z, w, conj): return v.new_empty(*v.shape[:2], z.shape[-1])
+
+
+@register_fake("s4nb::cauchy_backward")
+def _(grad, v, z, w, conj, need_z): return torch.empty_like(v), z.new_empty(z.shape if need_z else 0), torch.empty_like(w)
+
+
+def cauchy_setup(ctx, inputs, output):
+    v, z, w, ctx.conj = inputs
+    ctx.save_for_backward(v, z, w)
+
+
+def cauchy_backward(ctx, grad):
+    v, z, w = ctx.saved_tensors
+    if torch.is_grad_enabled(): return differentiated(literal_cauchy, (v, z, w, ctx.conj), (grad,))
+    need_z = ctx.needs_input_grad[1]
+    dv, dz, dw = ops.cauchy_backward(plain(grad), v, z, w, ctx.conj, need_z)
+    return dv, dz if need_z else None, dw, None
+
+
+register_autograd("s4nb::cauchy", cauchy_backward, setup_context=cauchy_setup)
+
+
+# ---- spectra of DPLR kernels: v (h i j m), w (h m) -> (h i-1 j-1 L/2+1), sums (h i j (L+1)/2) -------------------------
+@register_fake("s4nb::dplr_spectrum")
+def _(v, w, L, single):
+    h, i, j, _ = v.shape
+    dtype = torch.complex64 if single else torch.complex128
+    return v.new_empty(h, i - 1, j - 1, L // 2 + 1, dtype=dtype), v.new_empty(h, i, j, (L + 1) // 2, dtype=dtype)
+
+
+@register_fake("s4nb::dplr_spectrum_backward")
+def _(grad, sums, v, w, L): return torch.empty_like(v), torch.empty_like(w)
+
+
+def dplr_setup(ctx, inputs, output):
+    v, w, ctx.L, _ = inputs
+    ctx.save_for_backward(v, w, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def dplr_backward(ctx, grad, _):
+    v, w, sums = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused DPLR spectrum is differentiated once; for second derivatives say backend='torch'")
+    return *ops.dplr_spectrum_backward(plain(grad), sums, v, w, ctx.L), None, None
+
+
+register_autograd("s4nb::dplr_spectrum", dplr_backward, setup_context=dplr_setup)
+
+
+# ---- Vandermonde sums: v (b r m), x (b m) complex128 -> (b r L); transposed: u (b r L) -> (b r m) ---------------------
+def literal_powers(v, x, L, conj):
+    "The formula itself."
+    t = torch.arange(L, dtype=torch.float64, device=v.device)
+    K = (v[..., None] * torch.exp(x[:, None, :, None] * t)).sum(-2)
+    return (2 * K.real if conj else K).to(v.real.dtype if conj else v.dtype),
+
+
+def literal_power_sums(u, x, moments):
+    "The formula itself, and the one with l u_l for u_l."
+    t = torch.arange(u.shape[-1], dtype=torch.float64, device=u.device)
+    powers = torch.exp(x[:, :, None] * t)
+    first = torch.einsum("brl,bml->brm", u.to(powers.dtype), powers)
+    second = torch.einsum("brl,bml->brm", (t * u).to(powers.dtype), powers) if moments else first.new_empty(0)
+    return first.to(u.dtype.to_complex()), second.to(u.dtype.to_complex())
+
+
+@register_fake("s4nb::vandermonde")
+def _(v, x, L, conj): return v.new_empty(*v.shape[:2], L, dtype=v.dtype.to_real() if conj else v.dtype)
+
+
+@register_fake("s4nb::power_sums")
+def _(u, x, moments):
+    out = u.new_empty(*u.shape[:2], x.shape[-1], dtype=u.dtype.to_complex())
+    return out, torch.empty_like(out) if moments else out.new_empty(0)
+
+
+def vandermonde_setup(ctx, inputs, output):
+    v, x, ctx.L, ctx.conj = inputs
+    ctx.save_for_backward(v, x)
+
+
+def vandermonde_backward(ctx, grad):
+    v, x = ctx.saved_tensors
+    if torch.is_grad_enabled(): return differentiated(literal_powers, (v, x, ctx.L, ctx.conj), (grad,))
+    sums, moments = ops.power_sums(plain(grad.conj()), x, ctx.needs_input_grad[1])
+    scale = 2 if ctx.conj else 1
+    dx = scale * (v * moments).sum(1).conj().to(x.dtype) if ctx.needs_input_grad[1] else None
+    return scale * sums.conj(), dx, None, None
+
+
+register_autograd("s4nb::vandermonde", vandermonde_backward, setup_context=vandermonde_setup)
+
+
+def power_sums_setup(ctx, inputs, output):
+    u, x, ctx.moments = inputs
+    ctx.save_for_backward(u, x)
+    ctx.set_materialize_grads(False)
+
+
+def power_sums_backward(ctx, grad, grad_moments):
+    u, x = ctx.saved_tensors
+    if torch.is_grad_enabled() or grad_moments is not None:
+        return differentiated(literal_power_sums, (u, x, ctx.moments), (grad, grad_moments))
+    du = dx = None
+    if ctx.needs_input_grad[0]:
+        du = ops.vandermonde(plain(grad.conj()), x, u.shape[-1], not u.is_complex())
+        du = du.conj() if u.is_complex() else du / 2
+    if ctx.needs_input_grad[1]:
+        _, moments = ops.power_sums(u, x, True)
+        dx = (grad.conj() * moments).conj().sum(1).to(x.dtype)
+    return du, dx, None
+
+
+register_autograd("s4nb::power_sums", power_sums_backward, setup_context=power_sums_setup)
+
+
+# ---- one step: state (b h m) -> y (b c h), state; for inference, without gradients ------------------------------------
+@register_fake("s4nb::diag_step")
+def _(A, B, C, u, state): return state.new_empty(len(u), len(C), u.shape[1], dtype=u.dtype), torch.empty_like(state)
+
+
+@register_fake("s4nb::dplr_step")
+def _(D, E, P, Q, B2, C, u, state): return state.new_empty(len(u), len(C), u.shape[1], dtype=u.dtype), torch.empty_like(state)
