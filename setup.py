@@ -24,6 +24,7 @@ def compile_into(package):
     spec = importlib.util.spec_from_file_location("s4nb_build", root / "s4nb" / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
+    for old in package.glob("*.so"): old.unlink()    # of an earlier run in the same build folder
     told = {}
     for kind, said in build.build(build.asked(), package, package / "_sources").items():
         told.setdefault(said, []).append(build.NAMES[kind])

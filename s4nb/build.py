@@ -328,18 +328,16 @@ def library(kind, folder=None):
     "(path of the library to load, 'ok'), or (None, why there is none and what to do)."
     try:
         find_torch(kind)
-        places = [HERE, cache(kind, folder)]
-        found = next((path for p in places if (path := fresh(kind, p, folder))), None)
-        sources = source_hash(kind, folder)
-    except NotBuilt as e: return None, str(e)
-    if found: return found, "ok"
-    records = [r for p in places if (r := record(kind, p)) and r.get("reason") != "ok"]
-    failed = next((r for r in records if r.get("sources", sources) == sources), None)
-    if failed: return None, why(failed) + ("" if failed["missing"] else f"\n(after a change, try again: {how()})")
+        places, sources, wanted = [HERE, cache(kind, folder)], source_hash(kind, folder), kind in asked()
+    except (NotBuilt, ValueError) as e: return None, str(e)
+    for path in (fresh(kind, p, folder) for p in places):
+        if path: return path, "ok"
+    for r in (record(kind, p) for p in places):
+        if r.get("sources") == sources and r["reason"] != "ok":
+            return None, why(r) + ("" if r["missing"] else f"\nto try again after a change: {how()}")
     if any((p / f"{LIBRARIES[kind]}.so").exists() for p in places):
         return None, f"the library is older than its sources: {how()}"
-    left_out = "" if kind in asked() else f" (S4NB_BUILD={os.environ['S4NB_BUILD']} leaves it out)"
-    return None, f"not built: {how()}{left_out}"
+    return None, f"not built: {how()}" + ("" if wanted else f" (S4NB_BUILD={os.environ['S4NB_BUILD']} leaves it out)")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
