@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'OPS', 'PREFERENCE', 'HINTS', 'full_precision', 'cauchy_tile', 'half_grads', 'tile_grads', 'tiles',
-           'CauchySum', 'cauchy_torch', 'PowerSum', 'cauchy_keops', 'Op', 'cauchy_examples', 'trial', 'usable',
-           'backends', 'pick', 'common_dtype', 'cauchy']
+           'CauchySum', 'as_rows', 'cauchy_torch', 'PowerSum', 'cauchy_keops', 'cauchy_native', 'cauchy_triton', 'Op',
+           'cauchy_examples', 'trial', 'usable', 'backends', 'choose', 'pick', 'common_dtype', 'cauchy']
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #b730b3d6
+# %% ../../nbs/3_s4/13_cauchy.ipynb #2ee33f83
 import math
 import os
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..module import one_of
+from .native import load, ops, plain
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #a2151907
 @contextmanager
@@ -100,20 +101,31 @@ class CauchySum(torch.autograd.Function):
                 if z_too: dz[i, j] = tz
         return dv, dz, dw, None
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #2e71f832
+# %% ../../nbs/3_s4/13_cauchy.ipynb #79f68069
+def as_rows(x, *others):
+    """x (... m) as (b r m) and each of the others (... n) as (b n) or, all rows alike, (1 n): r are the leading dims along
+    which no other varies. Also a function that brings a result (b r k) back to (... k)."""
+    lead = torch.broadcast_shapes(x.shape[:-1], *[t.shape[:-1] for t in others])
+    n = len(lead)
+    x, *others = [t[(None,) * (n + 1 - t.ndim)] for t in (x, *others)]
+    shared = [d for d in range(n) if all([t.shape[d] == 1 for t in others])]
+    own = [d for d in range(n) if d not in shared]
+    b, r = math.prod([lead[d] for d in own]), math.prod([lead[d] for d in shared])
+    order, rows = own + shared, [lead[d] for d in own] + [1] * len(shared)
+    x = x.expand(*lead, x.shape[-1]).permute(*order, n).reshape(b, r, x.shape[-1])
+    def row(t):
+        if math.prod(t.shape[:-1]) == 1: return t.reshape(1, t.shape[-1])
+        return t.permute(*order, n).expand(*rows, t.shape[-1]).reshape(b, t.shape[-1])
+    def back(out):
+        out = out.reshape(*[lead[d] for d in order], out.shape[-1])
+        return out.permute(*[order.index(d) for d in range(n)], n)
+    return x, *[row(t) for t in others], back
+
+
 def cauchy_torch(v, z, w, conj=True):
     "Cauchy sum in plain torch: v (... m), z (... l), w (... m) -> (... l). Dims that z and w lack share reciprocals."
-    lead = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
-    n = len(lead)
-    v, z, w = (t[(None,) * (n + 1 - t.ndim)] for t in (v, z, w))
-    shared = [d for d in range(n) if z.shape[d] == w.shape[d] == 1]
-    own = [d for d in range(n) if d not in shared]
-    b, r = (math.prod(lead[d] for d in dims) for dims in (own, shared))
-    order, rows = own + shared, [lead[d] for d in own] + [1] * len(shared)
-    z, w = (t.permute(*order, n).expand(*rows, t.shape[-1]).reshape(b, t.shape[-1]) for t in (z, w))
-    v = v.expand(*lead, v.shape[-1]).permute(*order, n).reshape(b, r, v.shape[-1])
-    out = CauchySum.apply(v, z, w, conj).reshape(*(lead[d] for d in order), z.shape[-1])
-    return out.permute(*(order.index(d) for d in range(n)), n)
+    v, z, w, back = as_rows(v, z, w)
+    return back(CauchySum.apply(v, z.expand(len(v), -1), w.expand(len(v), -1), conj))
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #33fa7556
 class PowerSum(torch.autograd.Function):
@@ -146,7 +158,21 @@ def cauchy_keops(v, z, w, conj=True):
     v, z, w = (t.expand(*lead, t.shape[-1]).reshape(math.prod(lead), t.shape[-1]) for t in (v, z, w))
     return PowerSum.apply(v, z, w, 1).reshape(*lead, z.shape[-1])
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #270ba46a
+# %% ../../nbs/3_s4/13_cauchy.ipynb #b322f5ce
+def cauchy_native(v, z, w, conj=True):
+    "Cauchy sum by the compiled loops for the device of the tensors: v (... m), z (... l), w (... m) -> (... l)."
+    load(v.device.type)
+    v, z, w, back = as_rows(v, z, w)
+    return back(ops.cauchy(plain(v), plain(z), plain(w.expand(len(v), -1)), conj))
+
+# %% ../../nbs/3_s4/13_cauchy.ipynb #44dd13c4
+def cauchy_triton(v, z, w, conj=True):
+    "Cauchy sum by Triton, for a GPU without nvcc: v (... m), z (... l), w (... m) -> (... l)."
+    from s4nb.ops import triton_sums
+    v, z, w, back = as_rows(v, z, w)
+    return back(triton_sums.cauchy_triton(plain(v), plain(z), plain(w.expand(len(v), -1)), conj))
+
+# %% ../../nbs/3_s4/13_cauchy.ipynb #719d9f13
 class Op(NamedTuple):
     "An operation: the backends that compute it, and small arguments to try them on."
     backends: dict[str, Callable]
@@ -161,11 +187,12 @@ def cauchy_examples(device, dtype):
     return [(wave(2, 3, phase=0.4), wave(4, phase=1.0), wave(2, 3, phase=0.7), conj) for conj in (True, False)]
 
 
-OPS = {"cauchy": Op({"torch": cauchy_torch, "keops": cauchy_keops}, cauchy_examples)}
-PREFERENCE = {"cpu": ["torch", "keops"], "cuda": ["torch", "keops"]}
+OPS = {"cauchy": Op({"native": cauchy_native, "triton": cauchy_triton, "torch": cauchy_torch, "keops": cauchy_keops},
+                    cauchy_examples)}
+PREFERENCE = {"cpu": ["native", "torch", "keops"], "cuda": ["native", "triton", "torch", "keops"]}
 HINTS = {"keops": "pip install pykeops; after an interrupted compilation pykeops.clean_pykeops()"}
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #208e7034
+# %% ../../nbs/3_s4/13_cauchy.ipynb #e7f5da3f
 def trial(op, backend, device, dtype):
     "Outputs and gradients of one backend on the op's examples."
     results = []
@@ -173,7 +200,8 @@ def trial(op, backend, device, dtype):
         for args in OPS[op].examples(device, dtype):
             leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
             out = OPS[op].backends[backend](*args)
-            results += [out, *torch.autograd.grad(out.abs().square().sum(), leaves)]
+            out = out if isinstance(out, tuple) else (out,)
+            results += [*out, *torch.autograd.grad(sum(o.abs().square().sum() for o in out), leaves)]
     return [r.detach() for r in results]
 
 
@@ -185,7 +213,7 @@ def usable(op, backend, device="cpu", dtype=torch.complex64):
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
     except Exception as e:                # a compiler, a driver, an installation: whatever fails is the reason
         hint = f" ({HINTS[backend]})" if backend in HINTS else ""
-        return f"{type(e).__name__}: {str(e).strip()[:300]}{hint}"
+        return f"{type(e).__name__}: {str(e).strip()[:2000]}{hint}"
     tolerance = 1e-4 if dtype == torch.complex64 else 1e-10
     return "ok" if error <= tolerance else f"wrong by {error:.0e} relative in {dtype}"
 
@@ -200,17 +228,24 @@ def backends(device=None):
         return "ok" if "ok" in on else "; ".join(on)
     return {name: {b: state(name, b) for b in op.backends} for name, op in OPS.items()}
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #afa085f1
-def pick(op, backend, device, dtype):
-    "The function of the named backend (argument, else S4NB_BACKEND): that one or an error; no name: the first usable."
+# %% ../../nbs/3_s4/13_cauchy.ipynb #0f375ec4
+@torch.compiler.assume_constant_result                       # torch.compile asks once, while it traces
+def choose(op, backend, device, dtype):
+    "The name of the backend to use (argument, else S4NB_BACKEND): that one or an error; no name: the first usable."
     table, name = OPS[op].backends, backend or os.environ.get("S4NB_BACKEND")
     if not name:
         order = PREFERENCE.get(device, ["torch"])
-        return next(table[b] for b in order if b == "torch" or b in table and usable(op, b, device, dtype) == "ok")
+        return next(b for b in order if b == "torch" or b in table and usable(op, b, device, dtype) == "ok")
+    if name in OPS["cauchy"].backends and name not in table: return "torch"        # a step by KeOps: there is none
     one_of(f"backend of {op}" + ("" if backend else " in S4NB_BACKEND"), name, list(table))
     if name != "torch" and (state := usable(op, name, device, dtype)) != "ok":
         raise RuntimeError(f"backend {name!r} cannot do {op} on {device} in {dtype}: {state}. Name another, or none")
-    return table[name]
+    return name
+
+
+def pick(op, backend, device, dtype):
+    "The function of the backend to use: see `choose`."
+    return OPS[op].backends[choose(op, backend, device, dtype)]
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #2dc54adf
 def common_dtype(op, modes, **others):

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['baby_steps', 'powers', 'as_reals', 'sum_of_powers', 'sum_over_time', 'Vandermonde', 'VandermondeT',
            'vandermonde_torch', 'transpose_torch', 'ExpSum', 'exp_sum', 'vandermonde_keops', 'transpose_keops',
-           'vandermonde_examples', 'transpose_examples', 'check_length', 'log_vandermonde', 'log_vandermonde_transpose']
+           'vandermonde_native', 'transpose_native', 'vandermonde_triton', 'transpose_triton', 'vandermonde_examples',
+           'transpose_examples', 'check_length', 'log_vandermonde', 'log_vandermonde_transpose']
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #74ce6ae4
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #c793faef
 import math
 
 import torch
 
-from .cauchy_sum import OPS, Op, common_dtype, full_precision, pick
+from .cauchy_sum import OPS, Op, as_rows, common_dtype, full_precision, pick
+from .native import load, ops, plain
 
 # %% ../../nbs/3_s4/14_vandermonde.ipynb #4c02bfd3
 def baby_steps(L):
@@ -141,7 +143,35 @@ def transpose_keops(u, v, x, L):
     "Transposed Vandermonde sum by KeOps: modes and positions exchange their roles; x is rounded to v's dtype."
     return v * exp_sum(u.to(v.dtype), torch.arange(L, device=v.device).to(v.dtype), x.to(v.dtype))
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #8ca3b328
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #f89f3a96
+def vandermonde_native(v, x, L, conj=True):
+    "Vandermonde sum by the compiled loops for the device of the tensors."
+    load(v.device.type)
+    v, x, back = as_rows(v, x)
+    return back(ops.vandermonde(plain(v), plain(x.expand(len(v), -1).to(torch.complex128)), L, conj))
+
+
+def transpose_native(u, v, x, L):
+    "Transposed Vandermonde sum by the compiled loops for the device of the tensors."
+    load(u.device.type)
+    u, x, back = as_rows(u, x)
+    return v * back(ops.power_sums(plain(u), plain(x.expand(len(u), -1).to(torch.complex128)), False)[0])
+
+
+def vandermonde_triton(v, x, L, conj=True):
+    "Vandermonde sum by Triton."
+    from s4nb.ops import triton_sums
+    v, x, back = as_rows(v, x)
+    return back(triton_sums.vandermonde_triton(plain(v), plain(x.expand(len(v), -1).to(torch.complex128)), L, conj))
+
+
+def transpose_triton(u, v, x, L):
+    "Transposed Vandermonde sum by Triton."
+    from s4nb.ops import triton_sums
+    u, x, back = as_rows(u, x)
+    return v * back(triton_sums.power_sums_triton(plain(u), plain(x.expand(len(u), -1).to(torch.complex128))))
+
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #a7781042
 def vandermonde_examples(device, dtype):
     "Two features of three modes, five steps."
     a, b = torch.arange(1.0, 13, dtype=torch.float64, device=device).reshape(2, 2, 3) / 4
@@ -157,8 +187,10 @@ def transpose_examples(device, dtype):
     return [(u.real.clone().requires_grad_(), v, x, L), (u.clone().requires_grad_(), v, x, L)]
 
 
-OPS["log_vandermonde"] = Op({"torch": vandermonde_torch, "keops": vandermonde_keops}, vandermonde_examples)
-OPS["log_vandermonde_transpose"] = Op({"torch": transpose_torch, "keops": transpose_keops}, transpose_examples)
+OPS["log_vandermonde"] = Op({"native": vandermonde_native, "triton": vandermonde_triton, "torch": vandermonde_torch,
+                             "keops": vandermonde_keops}, vandermonde_examples)
+OPS["log_vandermonde_transpose"] = Op({"native": transpose_native, "triton": transpose_triton, "torch": transpose_torch,
+                                       "keops": transpose_keops}, transpose_examples)
 
 # %% ../../nbs/3_s4/14_vandermonde.ipynb #8c81bd6d
 def check_length(op, L):
