@@ -23,10 +23,18 @@ template <class V> S4NB_INLINE Complex<V> operator*(Complex<V> a, Complex<V> b) 
 template <class V> S4NB_INLINE Complex<V> conj(Complex<V> a) { return {a.re, -a.im}; }
 
 S4NB_INLINE double reciprocal(double q) { return 1 / q; }
-#ifdef __CUDA_ARCH__
-S4NB_INLINE float reciprocal(float q) { return __frcp_rn(q); }
+#ifdef __CUDA_ARCH__  // of positive q, without branches: 1/sqrt(q) squared and one Newton step; 0 and infinity give nan
+S4NB_INLINE float reciprocal(float q) {
+  float s, r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(q));
+  r = s * s;
+  return r + r * (1.0f - q * r);
+}
 #else
-S4NB_INLINE float reciprocal(float q) { return 1 / q; }
+S4NB_INLINE float reciprocal(float q) {
+  float r = 1 / q;
+  return r + r * (1 - q * r);  // the same nan at 0 and infinity: the sum is then done in double
+}
 #endif
 
 template <class V> S4NB_INLINE Complex<V> inverse(Complex<V> a) {

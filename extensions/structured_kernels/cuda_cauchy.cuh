@@ -1,0 +1,483 @@
+// Cauchy sums, the spectrum of a DPLR kernel, and their gradients, in CUDA.
+#pragma once
+#include "cuda_common.cuh"
+
+namespace s4nb { namespace S4NB_ISA {
+
+constexpr int OWN = 2;     // nodes (forward) or modes (backward) of one thread
+constexpr int MODES = 64;  // modes whose coefficients lie in shared memory at a time
+
+__device__ inline double block_sum(double x) {
+  __shared__ double of_warp[THREADS / WARP];
+  x = warp_sum(x);
+  __syncthreads();  // an earlier sum has been read
+  if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = x;
+  __syncthreads();
+  double total = 0;
+  for (int i = 0; i < THREADS / WARP; i++) total += of_warp[i];
+  return total;
+}
+
+// ---- Cauchy sums -----------------------------------------------------------------------------------------------------
+struct Shape { int64_t rows, numerators, modes, nodes; };  // v (rows, numerators, modes), w (rows, modes)
+
+template <class T> struct Nodes {  // given: z (1, L) or (rows, L)
+  static constexpr bool imaginary = false;
+  const Complex<T>* z; int64_t stride;
+  __device__ Complex<T> operator()(int64_t row, int64_t l) const { return z[row * stride + l]; }
+};
+
+template <class T> struct RootsOfUnity {  // z_k = 2i tan(pi k / length)
+  static constexpr bool imaginary = true;
+  int64_t length;
+  __device__ Complex<T> operator()(int64_t, int64_t k) const {
+    double turn = double(k) / double(length);
+    return {T(0), T(2 * sinpi(turn) / cospi(turn))};
+  }
+};
+
+// One sum in double: for results that overflowed or underflowed on the way in float.
+template <bool PAIRS, class S>
+__device__ __noinline__ Complex<double> exact_sum(const Complex<S>* v, const Complex<S>* w, int64_t modes, Complex<double> z) {
+  Sum<PAIRS, double> sum = {};
+  for (int64_t m = 0; m < modes; m++) {
+    Complex<double> W = cast<double>(w[m]), c = coefficients<PAIRS>(cast<double>(v[m]), W);
+    sum.add(pole<PAIRS, false>(z, Mode<double>{W.re, W.im}), c.re, c.im);
+  }
+  return sum.value(z);
+}
+
+template <class T, int R> struct alignas(16) Term { Mode<T> mode; T c[2 * R]; };  // a mode, the coefficients of R numerators
+
+// The sums of R numerators (`count` of them are there) at OWN nodes of this thread; all threads of the block take part.
+template <bool PAIRS, bool IMAGINARY, class T, class S, int R>
+__device__ void sum_modes(Complex<T> (&out)[OWN][R], const Complex<T> (&z)[OWN], bool active, int count, const Complex<S>* v,
+                          const Complex<S>* w, int64_t modes) {
+  __shared__ Term<T, R> terms[MODES];
+  Sum<PAIRS, T> sum[OWN][R] = {};
+  for (int64_t first = 0; first < modes; first += MODES) {
+    int here = int(least(MODES, modes - first));
+    for (int i = threadIdx.x; i < here * (R + 1); i += THREADS) {
+      int m = i % here, r = i / here - 1;  // r = -1: the mode itself
+      Complex<double> W = cast<double>(w[first + m]), c = {0, 0};
+      if (r >= 0 && r < count) c = coefficients<PAIRS>(cast<double>(v[r * modes + first + m]), W);
+      if (r < 0) terms[m].mode = {T(W.re), T(W.im)};
+      else { terms[m].c[2 * r] = T(c.re); terms[m].c[2 * r + 1] = T(c.im); }
+    }
+    __syncthreads();
+    if (active)
+#pragma unroll 2
+      for (int m = 0; m < here; m++) {
+        Term<T, R> term = terms[m];
+#pragma unroll
+        for (int o = 0; o < OWN; o++) {
+          Complex<T> u = pole<PAIRS, IMAGINARY>(z[o], term.mode);
+#pragma unroll
+          for (int r = 0; r < R; r++) sum[o][r].add(u, term.c[2 * r], term.c[2 * r + 1]);
+        }
+      }
+    __syncthreads();
+  }
+  bool good = true;
+#pragma unroll
+  for (int o = 0; o < OWN; o++)
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      out[o][r] = sum[o][r].value(z[o]);
+      good = good && finite(out[o][r]);
+    }
+  if (sizeof(T) == 4 && active && !good)  // one call in a loop that stays one: `out` lies in registers
+#pragma unroll 1
+    for (int i = 0; i < OWN * count; i++) {
+      Complex<T> exact = cast<T>(exact_sum<PAIRS>(v + i % count * modes, w, modes, cast<double>(i < count ? z[0] : z[1])));
+#pragma unroll
+      for (int o = 0; o < OWN; o++)
+#pragma unroll
+        for (int r = 0; r < R; r++)
+          if (i == o * count + r && r < count && !finite(out[o][r])) out[o][r] = exact;
+    }
+}
+
+// A block: 2 x 128 nodes, R numerators, one row.
+struct Place {
+  int64_t row, first, node;  // first: numerator
+  int count; bool active;
+  template <int R> static S4NB_INLINE Place of(int64_t block, int64_t thread, Shape s) {
+    int64_t tiles = pieces(s.nodes, OWN * THREADS), groups = pieces(s.numerators, R), tile = block % tiles;
+    int64_t first = block / tiles % groups * R, node = tile * OWN * THREADS + thread;
+    return {block / tiles / groups, first, node, int(least(R, s.numerators - first)), node < s.nodes};
+  }
+  static int64_t blocks(Shape s, int R) { return s.rows * pieces(s.numerators, R) * pieces(s.nodes, OWN * THREADS); }
+};
+
+template <bool PAIRS, class T, int R>
+__global__ void __launch_bounds__(THREADS) cauchy_kernel(Nodes<T> nodes, const Complex<T>* v, const Complex<T>* w, Complex<T>* out, Shape s) {
+  Place at = Place::of<R>(blockIdx.x, threadIdx.x, s);
+  Complex<T> z[OWN], k[OWN][R];
+  for (int o = 0; o < OWN; o++) z[o] = nodes(at.row, least(at.node + o * THREADS, s.nodes - 1));
+  sum_modes<PAIRS, false>(k, z, at.active, at.count, v + (at.row * s.numerators + at.first) * s.modes, w + at.row * s.modes, s.modes);
+#pragma unroll
+  for (int o = 0; o < OWN; o++)
+#pragma unroll
+    for (int r = 0; r < R; r++)
+      if (r < at.count && at.node + o * THREADS < s.nodes)
+        out[(at.row * s.numerators + at.first + r) * s.nodes + at.node + o * THREADS] = k[o][r];
+}
+
+// The spectrum's numerators are a matrix (I, J), its last row and column the low-rank ones. At the two ends of the axis,
+// z = 0 and the limit z -> infinity (of even lengths only), the sums are real and done in double by the first block of a row.
+struct Ends { double zero, limit; };
+
+__device__ inline Complex<double> at_zero(double k_ij, double k_iJ, double k_Ij, double k_IJ) { return {k_ij - k_iJ * k_Ij / (1 + k_IJ), 0}; }
+
+template <class T, int R>
+__global__ void __launch_bounds__(THREADS) spectrum_kernel(RootsOfUnity<T> nodes, const Complex<double>* v, const Complex<double>* w,
+                                                           Complex<T>* sums, Complex<T>* spectrum, Ends* ends, Shape s) {
+  Place at = Place::of<R>(blockIdx.x, threadIdx.x, s);
+  v += (at.row * s.numerators + at.first) * s.modes;
+  w += at.row * s.modes;
+  sums += (at.row * s.numerators + at.first) * s.nodes;
+  const int64_t bins = nodes.length / 2 + 1;
+  if (at.node - threadIdx.x == 0) {
+    Ends end[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      double zero = 0, limit = 0;
+      if (r < at.count)
+        for (int64_t m = threadIdx.x; m < s.modes; m += THREADS) {
+          Complex<double> V = v[r * s.modes + m], W = w[m];
+          zero -= 2 * (V.re * W.re + V.im * W.im) / (W.re * W.re + W.im * W.im);
+          limit += V.re;
+        }
+      end[r] = {block_sum(zero), block_sum(limit)};
+      if (threadIdx.x == 0 && r < at.count) {
+        sums[r * s.nodes] = {T(end[r].zero), T(0)};
+        if (ends) ends[at.row * s.numerators + at.first + r] = end[r];
+      }
+    }
+    if constexpr (R == 4)
+      if (spectrum && threadIdx.x == 0) {
+        spectrum[at.row * bins] = cast<T>(at_zero(end[0].zero, end[1].zero, end[2].zero, end[3].zero));
+        if (nodes.length % 2 == 0) spectrum[at.row * bins + s.nodes] = {T(end[0].limit), T(0)};
+      }
+  }
+  Complex<T> z[OWN], k[OWN][R];
+  for (int o = 0; o < OWN; o++) z[o] = nodes(at.row, least(at.node + o * THREADS, s.nodes - 1));
+  sum_modes<true, true>(k, z, at.active, at.count, v, w, s.modes);
+#pragma unroll
+  for (int o = 0; o < OWN; o++) {
+    int64_t l = at.node + o * THREADS;
+    if (l == 0 || l >= s.nodes) continue;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+      if (r < at.count) sums[r * s.nodes + l] = k[o][r];
+    if constexpr (R == 4)
+      if (spectrum)
+        spectrum[at.row * bins + l] = woodbury<T>({T(1), z[o].im / 2}, k[o][0], k[o][1], k[o][2], woodbury_q(k[o][3]));
+  }
+}
+
+// Woodbury's identity for any number of numerators, from the sums: one thread for each (h, i, j, bin).
+template <class T>
+__global__ void __launch_bounds__(THREADS) woodbury_kernel(RootsOfUnity<T> nodes, const Complex<T>* sums, const Ends* ends,
+                                                           Complex<T>* spectrum, int64_t I, int64_t J, int64_t total) {
+  int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (index >= total) return;
+  int64_t bins = nodes.length / 2 + 1, K = (nodes.length + 1) / 2, l = index % bins, ij = index / bins;
+  int64_t j = ij % (J - 1), i = ij / (J - 1) % (I - 1), h = ij / (J - 1) / (I - 1);
+  int64_t at[4] = {(h * I + i) * J + j, (h * I + i) * J + J - 1, (h * I + I - 1) * J + j, (h * I + I - 1) * J + J - 1};
+  if (l == K) spectrum[index] = {T(ends[at[0]].limit), T(0)};
+  else if (l == 0) spectrum[index] = cast<T>(at_zero(ends[at[0]].zero, ends[at[1]].zero, ends[at[2]].zero, ends[at[3]].zero));
+  else
+    spectrum[index] = woodbury<T>({T(1), nodes(h, l).im / 2}, sums[at[0] * K + l], sums[at[1] * K + l], sums[at[2] * K + l],
+                                  woodbury_q(sums[at[3] * K + l]));
+}
+
+// ---- Gradients of Cauchy sums ----------------------------------------------------------------------------------------
+// The conjugate gradient of sum r of a row at node l: as it came, or through Woodbury's identity.
+template <class T> struct Upstream {
+  const Complex<T>* grad; Shape s;
+  __device__ Complex<T> operator()(int64_t row, int64_t r, int64_t l, Complex<T>) const { return conj(grad[(row * s.numerators + r) * s.nodes + l]); }
+  __device__ double limit(int64_t, int64_t) const { return 0; }
+};
+
+template <class T> struct ThroughWoodbury {
+  const Complex<T> *grad, *sums; int64_t I, J, length;
+  __device__ Complex<T> operator()(int64_t row, int64_t r, int64_t l, Complex<T> z) const {
+    const int64_t c = I - 1, b = J - 1, i = r / J, j = r % J, K = (length + 1) / 2, bins = length / 2 + 1;
+    auto sum = [&](int64_t m, int64_t n) { return sums[((row * I + m) * J + n) * K + l]; };
+    auto g = [&](int64_t m, int64_t n) { return conj(grad[((row * c + m) * b + n) * bins + l]) * Complex<T>{T(1), z.im / 2}; };
+    Complex<T> total = {0, 0};
+#pragma unroll 1
+    for (int64_t m = i < c ? i : 0; m < (i < c ? i + 1 : c); m++)
+#pragma unroll 1
+      for (int64_t n = j < b ? j : 0; n < (j < b ? j + 1 : b); n++) {
+        Complex<T> term = g(m, n);
+        if (i == c) term = term * sum(m, b);
+        if (j == b) term = term * sum(c, n);
+        total = total + term;
+      }
+    if (i < c && j < b) return total;
+    Complex<T> q = woodbury_q(sum(c, b));
+    total = total * q;
+    return i < c || j < b ? Complex<T>{-total.re, -total.im} : total * q;
+  }
+  __device__ double limit(int64_t row, int64_t r) const {  // what each Re v gets from the last bin
+    const int64_t c = I - 1, b = J - 1, i = r / J, j = r % J;
+    return length % 2 || i >= c || j >= b ? 0 : double(grad[((row * c + i) * b + j) * (length / 2 + 1) + length / 2].re);
+  }
+};
+
+// How the sums over nodes are split: block = (row, R numerators, chunk of nodes, tile of modes). In a block `width` threads
+// own OWN modes each; several such groups share the nodes. Each block leaves 2R+2 doubles for each of its modes.
+struct Split {
+  int64_t groups, chunks, chunk, tiles;
+  int R, width;
+  static Split of(Shape s) {
+    int64_t R = s.numerators <= 2 ? s.numerators + !s.numerators : 4, width = least(pieces(s.modes, OWN), THREADS);
+    int64_t tiles = width ? pieces(s.modes, width * OWN) : 0, groups = pieces(s.numerators, R);
+    int64_t wanted = pieces(s.nodes * s.rows * groups * tiles, 2048);  // some 2000 blocks fill a large GPU
+    int64_t chunk = pieces(wanted < 256 ? 256 : wanted > 2048 ? 2048 : wanted, THREADS) * THREADS;
+    return {groups, pieces(s.nodes, chunk), chunk, tiles, int(R), int(width)};
+  }
+  int64_t doubles(Shape s) const { return s.rows * groups * chunks * (2 * R + 2) * s.modes; }
+};
+
+template <class T, int R> struct alignas(16) Node { Complex<T> z, k[R], kz[R]; };
+
+template <bool PAIRS, class T, class S, int R, class Z, class G>
+__global__ void __launch_bounds__(THREADS) slopes_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial,
+                                                         Shape s, Split split) {
+  constexpr int SUMS = 2 * R + 2;
+  __shared__ Node<T, R> staged[THREADS];
+  __shared__ T scratch[OWN * SUMS * THREADS];
+  const int t = threadIdx.x, width = split.width, groups = THREADS / width, lane = t % width, group = t / width;
+  int64_t block = blockIdx.x, tile = block % split.tiles, cell = block / split.tiles;  // cell: (row, numerators, chunk)
+  int64_t begin = cell % split.chunks * split.chunk, end = least(begin + split.chunk, s.nodes);
+  int64_t first = cell / split.chunks % split.groups * R, row = cell / split.chunks / split.groups, mode_0 = tile * width * OWN;
+  const int count = int(least(R, s.numerators - first));
+
+  Mode<T> mode[OWN];
+  T c[OWN][2 * R] = {};
+  Slope<PAIRS, T> slope[OWN][R] = {};
+  Drift<PAIRS, Z::imaginary, T> drift[OWN] = {};
+#pragma unroll
+  for (int o = 0; o < OWN; o++) {
+    int64_t m = least(mode_0 + o * width + lane, s.modes - 1);
+    Complex<double> W = cast<double>(w[row * s.modes + m]);
+    mode[o] = {T(W.re), T(W.im)};
+#pragma unroll
+    for (int r = 0; r < R; r++)
+      if (r < count) {
+        Complex<double> x = coefficients<PAIRS>(cast<double>(v[(row * s.numerators + first + r) * s.modes + m]), W);
+        c[o][2 * r] = T(x.re); c[o][2 * r + 1] = T(x.im);
+      }
+  }
+  for (int64_t base = begin; base < end; base += THREADS) {
+    const int here = int(least(THREADS, end - base));
+    if (t < here) {
+      Complex<T> z = nodes(row, base + t);
+      staged[t].z = z;
+#pragma unroll 1
+      for (int r = 0; r < R; r++) {
+        Complex<T> k = {0, 0};
+        if (r < count) k = upstream(row, first + r, base + t, z);
+        staged[t].k[r] = k;
+        staged[t].kz[r] = k * z;
+      }
+    }
+    __syncthreads();
+    if (group < groups)
+      for (int n = group; n < here; n += groups) {
+        const Node<T, R>& at = staged[n];
+#pragma unroll
+        for (int o = 0; o < OWN; o++) {
+          Complex<T> u = pole<PAIRS, Z::imaginary>(at.z, mode[o]), N = {0, 0};
+#pragma unroll
+          for (int r = 0; r < R; r++) {
+            slope[o][r].add(at.k[r], at.kz[r], u);
+            add_numerator<PAIRS>(N, at.k[r], at.kz[r], c[o][2 * r], c[o][2 * r + 1]);
+          }
+          drift[o].add(N, u, at.z, mode[o]);
+        }
+      }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int o = 0; o < OWN; o++) {
+    T* mine = scratch + o * SUMS * THREADS + t;
+#pragma unroll
+    for (int r = 0; r < R; r++) { mine[2 * r * THREADS] = slope[o][r].first; mine[(2 * r + 1) * THREADS] = slope[o][r].second; }
+    mine[2 * R * THREADS] = drift[o].first;
+    mine[(2 * R + 1) * THREADS] = drift[o].second;
+  }
+  __syncthreads();
+  for (int i = t; i < OWN * SUMS * width; i += THREADS) {
+    int value = i / width, of = i % width;
+    int64_t m = mode_0 + value / SUMS * width + of;
+    double total = 0;
+    for (int g = 0; g < groups; g++) total += double(scratch[value * THREADS + g * width + of]);
+    if (m < s.modes) partial[(cell * SUMS + value % SUMS) * s.modes + m] = total;
+  }
+}
+
+// The gradients of one mode in double, node by node: when the sums in float overflowed.
+template <bool PAIRS, class S, class Z, class G>
+__device__ __noinline__ void exact_gradients(Z nodes, G upstream, const Complex<S>* v, Complex<double> W, Complex<S>* dv, Complex<S>* dw,
+                                             Shape s, int64_t row, int64_t m) {
+  Complex<double> total = {0, 0};
+  Drift<PAIRS, false, double> drift = {};
+  for (int64_t r = 0; r < s.numerators; r++) {
+    int64_t i = (row * s.numerators + r) * s.modes + m;
+    Complex<double> V = cast<double>(v[i]), c = coefficients<PAIRS>(V, W), d;
+    Slope<PAIRS, double> slope = {};
+    for (int64_t l = 0; l < s.nodes; l++) {
+      auto at = nodes(row, l);
+      Complex<double> z = cast<double>(at), k = cast<double>(upstream(row, r, l, at)), kz = k * z, N = {0, 0};
+      Complex<double> u = pole<PAIRS, false>(z, Mode<double>{W.re, W.im});
+      slope.add(k, kz, u);
+      add_numerator<PAIRS>(N, k, kz, c.re, c.im);
+      drift.add(N, u, z, Mode<double>{W.re, W.im});
+    }
+    chain<PAIRS>(V, W, slope, d, total);
+    d.re += upstream.limit(row, r);
+    dv[i] = cast<S>(d);
+  }
+  dw[row * s.modes + m] = cast<S>(total + drift_of_mode<PAIRS, false>(W, drift));
+}
+
+// One thread for each mode of each row: adds up what the blocks left, and goes back to v and w.
+template <bool PAIRS, class T, class S, class Z, class G>
+__global__ void __launch_bounds__(THREADS) gradients_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, const double* partial,
+                                                            Complex<S>* dv, Complex<S>* dw, Shape s, Split split) {
+  int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x, row = index / s.modes, m = index % s.modes;
+  if (row >= s.rows) return;
+  const int SUMS = 2 * split.R + 2;
+  auto total = [&](int64_t group, int which) {
+    double sum = 0;
+    for (int64_t c = 0; c < split.chunks; c++) sum += partial[(((row * split.groups + group) * split.chunks + c) * SUMS + which) * s.modes + m];
+    return sum;
+  };
+  Complex<double> W = cast<double>(w[index]), of_w = {0, 0};
+  bool good = true;
+  for (int64_t r = 0; r < s.numerators; r++) {
+    int64_t i = (row * s.numerators + r) * s.modes + m;
+    int within = int(r % split.R);
+    Complex<double> d;
+    chain<PAIRS>(cast<double>(v[i]), W, Slope<PAIRS, double>{total(r / split.R, 2 * within), total(r / split.R, 2 * within + 1)}, d, of_w);
+    d.re += upstream.limit(row, r);
+    good = good && finite(d);
+    dv[i] = cast<S>(d);
+  }
+  Drift<PAIRS, Z::imaginary, double> drift = {0, 0};
+  for (int64_t g = 0; g < split.groups; g++) { drift.first += total(g, 2 * split.R); drift.second += total(g, 2 * split.R + 1); }
+  of_w = of_w + drift_of_mode<PAIRS, Z::imaginary>(W, drift);
+  dw[index] = cast<S>(of_w);
+  if (sizeof(T) == 4 && !(good && finite(of_w))) exact_gradients<PAIRS>(nodes, upstream, v, W, dv, dw, s, row, m);
+}
+
+// Gradients of the nodes, seldom asked for: in double, one thread for each node of each row, rows added afterwards.
+template <bool PAIRS, class T>
+__global__ void __launch_bounds__(THREADS) node_slopes_kernel(Nodes<T> nodes, Upstream<T> upstream, const Complex<T>* v, const Complex<T>* w,
+                                                              Complex<double>* of_row, Shape s) {
+  int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x, row = index / s.nodes, l = index % s.nodes;
+  if (row >= s.rows) return;
+  Complex<T> at = nodes(row, l);
+  Complex<double> z = cast<double>(at), total = {0, 0};
+  for (int64_t m = 0; m < s.modes; m++) {
+    Complex<double> W = cast<double>(w[row * s.modes + m]), N = {0, 0}, ka = {0, 0};
+    for (int64_t r = 0; r < s.numerators; r++) {
+      Complex<double> c = coefficients<PAIRS>(cast<double>(v[(row * s.numerators + r) * s.modes + m]), W);
+      Complex<double> k = cast<double>(upstream(row, r, l, at));
+      add_numerator<PAIRS>(N, k, k * z, c.re, c.im);
+      ka = {ka.re + k.re * c.re, ka.im + k.im * c.re};
+    }
+    Mode<double> mode = {W.re, W.im};
+    total = total + node_slope<PAIRS>(ka, N, pole<PAIRS, false>(z, mode), z, mode);
+  }
+  of_row[index] = conj(total);
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) add_rows_kernel(const Complex<double>* of_row, Complex<T>* dz, int64_t rows, int64_t size) {
+  int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (index >= size) return;
+  Complex<double> total = {0, 0};
+  for (int64_t row = 0; row < rows; row++) total = total + of_row[row * size + index];
+  dz[index] = cast<T>(total);
+}
+
+// ---- Launches --------------------------------------------------------------------------------------------------------
+template <int N> struct Int { static constexpr int value = N; };
+template <class F> void by_count(int64_t numerators, F f) {  // numerators in blocks of 1, 2 or 4, as in Split
+  if (numerators <= 1) f(Int<1>());
+  else if (numerators == 2) f(Int<2>());
+  else f(Int<4>());
+}
+
+template <class T> struct Cauchy {
+  const Complex<T> *v, *z, *w; Shape s; bool pairs; int64_t z_rows;
+  Nodes<T> nodes() const { return {z, z_rows == 1 ? 0 : s.nodes}; }
+};
+
+template <class T, class L> void launch_cauchy(L launch, Cauchy<T> a, Complex<T>* out) {
+  if (!a.s.rows || !a.s.numerators || !a.s.nodes) return;
+  by_count(a.s.numerators, [&](auto n) {
+    constexpr int R = decltype(n)::value;
+    auto kernel = a.pairs ? cauchy_kernel<true, T, R> : cauchy_kernel<false, T, R>;
+    launch(kernel, Place::blocks(a.s, R), THREADS, a.nodes(), a.v, a.w, out, a.s);
+  });
+}
+
+template <bool PAIRS, class T, class S, class L, class Z, class G>
+void launch_gradients(L launch, Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial, Complex<S>* dv, Complex<S>* dw, Shape s) {
+  Split split = Split::of(s);
+  int64_t blocks = s.rows * split.groups * split.chunks * split.tiles;
+  if (blocks)
+    by_count(s.numerators, [&](auto n) {
+      launch(slopes_kernel<PAIRS, T, S, decltype(n)::value, Z, G>, blocks, THREADS, nodes, upstream, v, w, partial, s, split);
+    });
+  if (s.rows * s.modes > 0)
+    launch(gradients_kernel<PAIRS, T, S, Z, G>, pieces(s.rows * s.modes, THREADS), THREADS, nodes, upstream, v, w, partial, dv, dw, s, split);
+}
+
+template <class T, class L> void launch_cauchy_backward(L launch, Cauchy<T> a, const Complex<T>* grad, double* partial, Complex<T>* dv, Complex<T>* dw) {
+  Upstream<T> upstream = {grad, a.s};
+  if (a.pairs) launch_gradients<true, T>(launch, a.nodes(), upstream, a.v, a.w, partial, dv, dw, a.s);
+  else launch_gradients<false, T>(launch, a.nodes(), upstream, a.v, a.w, partial, dv, dw, a.s);
+}
+
+// of_row: (rows, nodes)
+template <class T, class L> void launch_cauchy_nodes(L launch, Cauchy<T> a, const Complex<T>* grad, Complex<double>* of_row, Complex<T>* dz) {
+  auto kernel = a.pairs ? node_slopes_kernel<true, T> : node_slopes_kernel<false, T>;
+  if (a.s.rows * a.s.nodes > 0)
+    launch(kernel, pieces(a.s.rows * a.s.nodes, THREADS), THREADS, a.nodes(), Upstream<T>{grad, a.s}, a.v, a.w, of_row, a.s);
+  int64_t size = a.z_rows * a.s.nodes, rows = a.z_rows == 1 ? a.s.rows : 1;
+  if (size) launch(add_rows_kernel<T>, pieces(size, THREADS), THREADS, of_row, dz, rows, size);
+}
+
+struct Dplr {
+  const Complex<double> *v, *w; int64_t H, I, J, M, length;
+  Shape shape() const { return {H, I * J, M, (length + 1) / 2}; }
+  bool fused() const { return I == 2 && J == 2; }  // one kernel does it all, and needs no `ends`
+};
+
+// ends: (H, I, J)
+template <class T, class L> void launch_spectrum(L launch, Dplr a, Complex<T>* sums, Complex<T>* spectrum, Ends* ends) {
+  Shape s = a.shape();
+  RootsOfUnity<T> nodes = {a.length};
+  if (!s.rows || !s.numerators) return;
+  by_count(s.numerators, [&](auto n) {
+    constexpr int R = decltype(n)::value;
+    launch(spectrum_kernel<T, R>, Place::blocks(s, R), THREADS, nodes, a.v, a.w, sums, a.fused() ? spectrum : nullptr, ends, s);
+  });
+  int64_t total = a.H * (a.I - 1) * (a.J - 1) * (a.length / 2 + 1);
+  if (!a.fused() && total) launch(woodbury_kernel<T>, pieces(total, THREADS), THREADS, nodes, sums, ends, spectrum, a.I, a.J, total);
+}
+
+template <class T, class L>
+void launch_spectrum_backward(L launch, Dplr a, const Complex<T>* grad, const Complex<T>* sums, double* partial, Complex<double>* dv, Complex<double>* dw) {
+  launch_gradients<true, T>(launch, RootsOfUnity<T>{a.length}, ThroughWoodbury<T>{grad, sums, a.I, a.J, a.length}, a.v, a.w, partial, dv, dw, a.shape());
+}
+
+}}  // namespace s4nb::S4NB_ISA
