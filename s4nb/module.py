@@ -85,7 +85,7 @@ def mask_padding(u, lengths):
     if len(mask) != len(u): raise ValueError(f"got {len(mask)} lengths for a batch of {len(u)}: one for each row")
     return u.masked_fill(~mask, 0)
 
-# %% ../nbs/2_lssl/05_module.ipynb #693482d1
+# %% ../nbs/2_lssl/05_module.ipynb #35974190
 class GLU(nn.Module):
     "Gated linear unit: (… 2d) -> (… d), first half times act(second half). Dauphin et al. 2017 (act: sigmoid)."
     def __init__(self, act="sigmoid"):
@@ -93,6 +93,7 @@ class GLU(nn.Module):
         self.act = activation(act)
 
     def forward(self, x):
+        if isinstance(self.act, nn.Sigmoid): return F.glu(x)               # the same in one pass, keeping x alone
         a, g = x.chunk(2, dim=-1)
         return a * self.act(g)
 
@@ -141,7 +142,7 @@ def activation(name, size=None):
         return ModReLU(size)
     return ACTIVATIONS[name]()
 
-# %% ../nbs/2_lssl/05_module.ipynb #fb18508c
+# %% ../nbs/2_lssl/05_module.ipynb #22106d11
 class TiedDropout(nn.Module):
     "Dropout on (b l h) whose mask (b h) is shared by all positions; `tie=False` is ordinary dropout."
     def __init__(self, p=0.0, tie=True):
@@ -151,7 +152,6 @@ class TiedDropout(nn.Module):
 
     def forward(self, x):
         if not self.training or self.p == 0: return x
-        shape = (x.shape[0], 1, x.shape[-1]) if self.tie else x.shape
-        return x * F.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), self.p)
+        return x * F.dropout(torch.ones_like(x[:, :1]), self.p) if self.tie else F.dropout(x, self.p)
 
     def extra_repr(self): return f"p={self.p}, tie={self.tie}"

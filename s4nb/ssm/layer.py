@@ -83,7 +83,7 @@ def _mix(width, d_output, final_act):
     features = 2 * d_output if is_glu(final_act) else d_output
     return nn.Sequential(nn.Linear(width, features), activation(final_act, d_output))
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #004f252c
+# %% ../../nbs/2_lssl/09_layer.ipynb #808cb1ed
 class SSMLayer(SequenceModule):
     """y = mix(act(K * u + D u)): (b l h) -> (b l d_output), for any kernel object with the methods of `Kernel`.
 
@@ -128,7 +128,7 @@ class SSMLayer(SequenceModule):
         if l < L and warn: warnings.warn(CUT.format(l, L), stacklevel=3)
         K, K_state = self.kernel(l if state is None else L, rate, state)
         K, K_back = K[..., :l].chunk(2) if self.bidirectional else (K[..., :l], None)
-        y = long_conv(u, K, K_back, self.offset) + self.D[..., None] * u[:, None]
+        y = long_conv(u, K, K_back, self.offset, self.D)
         return y if K_state is None else y + K_state
 
     def output(self, y, dtype):
