@@ -24,7 +24,8 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 LIBRARIES = {"cpu": "_C", "cuda": "_cuda"}
 NAMES = {"cpu": "CPU", "cuda": "CUDA"}
-SUFFIXES = {"cpu": (".h", ".cpp"), "cuda": (".h", ".cu")}
+SUFFIXES = {"cpu": (".h", ".cpp"), "cuda": (".h", ".cuh", ".cu")}
+HEADERS = (".h", ".cuh")
 CHOICES = {"auto": ("cpu", "cuda"), "none": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}
 
 TORCH = (2, 10)    # the first with the parts of the stable ABI that the sources use
@@ -61,7 +62,7 @@ def source_files(kind, folder=None):
 def source_hash(kind, folder=None):
     "A digest of the sources of one kind. The library holds it too, so that a stale one is recognised."
     files = source_files(kind, folder)
-    if not any(f.suffix != ".h" for f in files):
+    if not any(f.suffix not in HEADERS for f in files):
         raise NotBuilt(f"there are no {NAMES[kind]} sources in {folder or source_folder()}; install s4nb again")
     return hashlib.sha256(b"".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()[:16]
 
@@ -209,7 +210,7 @@ def plan(kind, folder):
     torch, compiler = find_torch(kind), find_compiler()
     include = ["-isystem", torch.root / "include", f'-DS4NB_SOURCES="{source_hash(kind, folder)}"']
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
-    files = [f for f in source_files(kind, folder) if f.suffix != ".h"]
+    files = [f for f in source_files(kind, folder) if f.suffix not in HEADERS]
     if kind == "cuda":
         nvcc, headers, libraries = find_toolkit(torch.root)
         host = [nvcc, "-ccbin", [c for c in compiler if not c.startswith("-")][-1], *NVCC_FLAGS, *gencode()]

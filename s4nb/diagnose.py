@@ -40,7 +40,7 @@ def first_line(command, pattern):
 def compiler():
     try: command = build.find_compiler()
     except build.NotBuilt as e: return str(e)
-    return f"{' '.join(command)} ({first_line([*command, '--version'], '^.+')})"
+    return f"{' '.join(command)}: {first_line([*command, '--version'], '^.+')}"
 
 
 def nvcc():
