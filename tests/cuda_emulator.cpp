@@ -112,7 +112,7 @@ struct Launch {
 #define __shared__ static
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __syncthreads() emulator::wait(emulator::AT_BARRIER, __LINE__)
 #define __shfl_xor_sync(mask, value, far) emulator::shuffle_xor(value, far)
 #define threadIdx emulator::thread

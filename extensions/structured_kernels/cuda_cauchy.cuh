@@ -202,28 +202,29 @@ template <class T> struct Upstream {
 };
 
 template <class T> struct ThroughWoodbury {
-  const Complex<T> *grad, *sums; int64_t I, J, length;
+  const Complex<T> *grad, *sums; int I, J; int64_t length;
   __device__ Complex<T> operator()(int64_t row, int64_t r, int64_t l, Complex<T> z) const {
-    const int64_t c = I - 1, b = J - 1, i = r / J, j = r % J, K = (length + 1) / 2, bins = length / 2 + 1;
-    auto sum = [&](int64_t m, int64_t n) { return sums[((row * I + m) * J + n) * K + l]; };
-    auto g = [&](int64_t m, int64_t n) { return conj(grad[((row * c + m) * b + n) * bins + l]) * Complex<T>{T(1), z.im / 2}; };
+    const int c = I - 1, b = J - 1, i = int(r) / J, j = int(r) % J;
+    const int64_t K = (length + 1) / 2, bins = length / 2 + 1;
+    const Complex<T> *k = sums + row * I * J * K + l, *g = grad + row * c * b * bins + l;
     Complex<T> total = {0, 0};
 #pragma unroll 1
-    for (int64_t m = i < c ? i : 0; m < (i < c ? i + 1 : c); m++)
+    for (int m = i < c ? i : 0; m < (i < c ? i + 1 : c); m++)
 #pragma unroll 1
-      for (int64_t n = j < b ? j : 0; n < (j < b ? j + 1 : b); n++) {
-        Complex<T> term = g(m, n);
-        if (i == c) term = term * sum(m, b);
-        if (j == b) term = term * sum(c, n);
+      for (int n = j < b ? j : 0; n < (j < b ? j + 1 : b); n++) {
+        Complex<T> term = conj(g[(m * b + n) * bins]);
+        if (i == c) term = term * k[(m * J + b) * K];
+        if (j == b) term = term * k[(c * J + n) * K];
         total = total + term;
       }
+    total = total * Complex<T>{T(1), z.im / 2};
     if (i < c && j < b) return total;
-    Complex<T> q = woodbury_q(sum(c, b));
+    Complex<T> q = woodbury_q(k[(c * J + b) * K]);
     total = total * q;
     return i < c || j < b ? Complex<T>{-total.re, -total.im} : total * q;
   }
   __device__ double limit(int64_t row, int64_t r) const {  // what each Re v gets from the last bin
-    const int64_t c = I - 1, b = J - 1, i = r / J, j = r % J;
+    const int c = I - 1, b = J - 1, i = int(r) / J, j = int(r) % J;
     return length % 2 || i >= c || j >= b ? 0 : double(grad[((row * c + i) * b + j) * (length / 2 + 1) + length / 2].re);
   }
 };
@@ -246,7 +247,7 @@ struct Split {
 template <class T, int R> struct alignas(16) Node { Complex<T> z, k[R], kz[R]; };
 
 template <bool PAIRS, class T, class S, int R, class Z, class G>
-__global__ void __launch_bounds__(THREADS) slopes_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial,
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3) slopes_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial,
                                                          Shape s, Split split) {
   constexpr int SUMS = 2 * R + 2;
   __shared__ Node<T, R> staged[THREADS];
@@ -477,7 +478,7 @@ template <class T, class L> void launch_spectrum(L launch, Dplr a, Complex<T>* s
 
 template <class T, class L>
 void launch_spectrum_backward(L launch, Dplr a, const Complex<T>* grad, const Complex<T>* sums, double* partial, Complex<double>* dv, Complex<double>* dw) {
-  launch_gradients<true, T>(launch, RootsOfUnity<T>{a.length}, ThroughWoodbury<T>{grad, sums, a.I, a.J, a.length}, a.v, a.w, partial, dv, dw, a.shape());
+  launch_gradients<true, T>(launch, RootsOfUnity<T>{a.length}, ThroughWoodbury<T>{grad, sums, int(a.I), int(a.J), a.length}, a.v, a.w, partial, dv, dw, a.shape());
 }
 
 }}  // namespace s4nb::S4NB_ISA

@@ -69,8 +69,8 @@ template <bool PAIRS, class V> struct Sum {
       first.re += c0 * u.re; first.im += c0 * u.im;
       second.re += c1 * u.re; second.im += c1 * u.im;
     } else {
-      first.re += c0 * u.re - c1 * u.im;
-      first.im += c0 * u.im + c1 * u.re;
+      first.re += c0 * u.re; first.re -= c1 * u.im;  // statements of one product each become fused multiply-adds
+      first.im += c0 * u.im; first.im += c1 * u.re;
     }
   }
   S4NB_INLINE Complex<V> value(Complex<V> z) const {
@@ -87,22 +87,22 @@ template <bool PAIRS, class V> struct Slope {  // of one numerator: (da, -db), o
   V first, second;
   S4NB_INLINE void add(Complex<V> k, Complex<V> kz, Complex<V> u) {
     if constexpr (PAIRS) {
-      first += kz.re * u.re - kz.im * u.im;
-      second += k.re * u.re - k.im * u.im;
+      first += kz.re * u.re; first -= kz.im * u.im;
+      second += k.re * u.re; second -= k.im * u.im;
     } else {
-      first += k.re * u.re - k.im * u.im;
-      second += k.re * u.im + k.im * u.re;
+      first += k.re * u.re; first -= k.im * u.im;
+      second += k.re * u.im; second += k.im * u.re;
     }
   }
 };
 
 template <bool PAIRS, class V, class S> S4NB_INLINE void add_numerator(Complex<V>& N, Complex<V> k, Complex<V> kz, S c0, S c1) {
   if constexpr (PAIRS) {
-    N.re += c0 * kz.re - c1 * k.re;
-    N.im += c0 * kz.im - c1 * k.im;
+    N.re += c0 * kz.re; N.re -= c1 * k.re;
+    N.im += c0 * kz.im; N.im -= c1 * k.im;
   } else {
-    N.re += c0 * k.re - c1 * k.im;
-    N.im += c0 * k.im + c1 * k.re;
+    N.re += c0 * k.re; N.re -= c1 * k.im;
+    N.im += c0 * k.im; N.im += c1 * k.re;
   }
 }
 
@@ -112,8 +112,8 @@ template <bool PAIRS, bool IMAGINARY, class V> struct Drift {  // of the mode
     Complex<V> E = (N * u) * u;
     first += E.re;
     if constexpr (!PAIRS) second += E.im;
-    else if constexpr (IMAGINARY) second -= w.re * E.re + z.im * E.im;
-    else second += (z.re - w.re) * E.re - z.im * E.im;
+    else if constexpr (IMAGINARY) { second -= w.re * E.re; second -= z.im * E.im; }
+    else { second += (z.re - w.re) * E.re; second -= z.im * E.im; }
   }
 };
 
