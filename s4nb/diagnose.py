@@ -66,7 +66,7 @@ def native(kind):
     if path is None: return f"none: {reason}"
     if kind == "cuda": return str(path)
     try: name = ctypes.CDLL(str(path)).s4nb_instruction_set
-    except (OSError, AttributeError) as e: return f"{path} cannot be used: {e}; compile it again: {build.how()} --force"
+    except (OSError, AttributeError) as e: return f"{path} cannot be used: {e}; compile it again: s4nb build --force"
     name.restype = ctypes.c_char_p
     return f"{path}, running {name().decode()} here"
 
@@ -95,7 +95,8 @@ def keops_cache():
 
 def fix(backend, state):
     "What to do about a backend that is not ok; None: there is nothing to be done, or the reason says it."
-    if "No module named" in state: return {"keops": 'pip install "s4nb[keops]"', "triton": "pip install triton"}.get(backend)
+    install = {"keops": 'pip install "s4nb[keops]"', "triton": "pip install triton"}
+    if "No module named" in state: return install.get(backend)
     if backend == "keops": return f"KeOps compiles again once {keops_cache()} is deleted"
     if "wrong by" in state: return "please report it, with this text; PyTorch computes instead"
 
@@ -126,7 +127,7 @@ def examine():
     for (backend, state), i in reasons.items():
         lines += ["" if i == 1 else None, f"[{i}] {backend}: " + textwrap.indent(state, "    ").strip()]
         if what := fix(backend, state): lines.append(f"    to change that: {what}")
-    verdict = "Everything that is used by default works." if good else "An op has no backend that works: see NONE above."
+    verdict = "Everything used by default works." if good else "There is an op without a backend that works: see NONE."
     return "\n".join([*(line for line in lines if line is not None), "", verdict]), good
 
 

@@ -1,6 +1,7 @@
 // Runs the CUDA kernels on a CPU, thread by thread: each thread of a block is a fiber that runs until its next barrier.
-// The order of blocks and threads is forward or reverse; a kernel that lacks a barrier gives different results. Known limits:
-// one thread at a time (no weak memory), shared memory is whatever the block before left, float arithmetic is the host's.
+// The order of blocks and threads is forward or reverse; a kernel that lacks a barrier gives different results. Known
+// limits: one thread at a time (no weak memory), shared memory is whatever the block before left, float arithmetic is
+// the host's.
 #include <ucontext.h>
 
 #include <cmath>
@@ -46,7 +47,8 @@ void enter() {
   wait(DONE, 0);
 }
 
-// Threads that wait for others may go on once all of them are there: the block's at one and the same line, or the warp's.
+// Threads that wait for others may go on once all of them are there: the block's at one and the same line, or the
+// warp's.
 bool release(int threads) {
   bool all = true, any = false, moved = false;
   int line = 0;
@@ -92,7 +94,8 @@ void run_block(int threads) {
 }
 
 struct Launch {
-  template <class... P, class... A> void operator()(void (*kernel)(P...), int64_t blocks, int threads, A... arguments) const {
+  template <class... P, class... A>
+  void operator()(void (*kernel)(P...), int64_t blocks, int threads, A... arguments) const {
     auto call = [&] { kernel(P(arguments)...); };
     body = [](void* f) { (*static_cast<decltype(call)*>(f))(); };
     body_argument = &call;
@@ -139,7 +142,8 @@ template <class T> struct Emulated {
   static const char* cauchy(C* v, C* z, C* w, C* out, I B, I R, I M, I L, I rows, bool pairs) {
     return guarded([&](auto launch) { launch_cauchy(launch, Cauchy<T>{v, z, w, {B, R, M, L}, pairs, rows}, out); });
   }
-  static const char* cauchy_backward(C* grad, C* v, C* z, C* w, C* dv, C* dz, C* dw, I B, I R, I M, I L, I rows, bool pairs) {
+  static const char* cauchy_backward(C* grad, C* v, C* z, C* w, C* dv, C* dz, C* dw, I B, I R, I M, I L, I rows,
+                                     bool pairs) {
     return guarded([&](auto launch) {
       Cauchy<T> a = {v, z, w, {B, R, M, L}, pairs, rows};
       std::vector<double> partial(size_t(Split::of(a.s).doubles(a.s)), NAN);
@@ -176,17 +180,21 @@ template <class T> struct Emulated {
     });
   }
   static const char* diag_step(C* A, C* B, C* c, T* u, C* state, T* y, C* next, I batch, I H, I M, I channels) {
-    return guarded([&](auto launch) { launch_diag_step(launch, Step<T>{c, u, state, y, next, batch, H, M, channels, 0}, A, B); });
+    return guarded(
+        [&](auto launch) { launch_diag_step(launch, Step<T>{c, u, state, y, next, batch, H, M, channels, 0}, A, B); });
   }
-  static const char* dplr_step(C* D, C* E, C* P, C* Q, C* B2, C* c, T* u, C* state, T* y, C* next, I batch, I H, I M, I channels, I rank) {
+  static const char* dplr_step(C* D, C* E, C* P, C* Q, C* B2, C* c, T* u, C* state, T* y, C* next, I batch, I H, I M,
+                               I channels, I rank) {
     return guarded([&](auto launch) {
       std::vector<C> x(size_t(batch * H * M), C{T(NAN), T(NAN)});
-      launch_dplr_step(launch, Step<T>{c, u, state, y, next, batch, H, M, channels, rank}, D, E, P, Q, B2, rank > 1 ? x.data() : next);
+      launch_dplr_step(launch, Step<T>{c, u, state, y, next, batch, H, M, channels, rank}, D, E, P, Q, B2,
+                       rank > 1 ? x.data() : next);
     });
   }
 };
 
-// Kernels of the emulator's own tests: a sum that is right, one whose second barrier is missing, and two that hang.
+// Kernels of the emulator's own tests: a right one, one that lacks a barrier, one where half of the threads wait while
+// the others have ended (which CUDA allows), and one that hangs.
 template <int KIND> void test_kernel(double* x, int n) {
   static double shared[64];
   int t = int(threadIdx.x);
@@ -201,14 +209,16 @@ template <int KIND> void test_kernel(double* x, int n) {
 extern "C" {
 void run_backwards(bool yes) { emulator::backwards = yes; }
 const char* test_barrier(int kind, double* x) {
-  return guarded([&](auto launch) { launch(kind == 0 ? test_kernel<0> : kind == 1 ? test_kernel<1> : kind == 2 ? test_kernel<2> : test_kernel<3>, 1, 64, x, 64); });
+  void (*kernels[])(double*, int) = {test_kernel<0>, test_kernel<1>, test_kernel<2>, test_kernel<3>};
+  return guarded([&](auto launch) { launch(kernels[kind], 1, 64, x, 64); });
 }
-#define OPS(T, twice)                                                                                                       \
-  const void* op_##twice(int i) {                                                                                           \
-    const void* table[] = {(void*)Emulated<T>::cauchy, (void*)Emulated<T>::cauchy_backward, (void*)Emulated<T>::spectrum,     \
-                           (void*)Emulated<T>::spectrum_backward, (void*)Emulated<T>::vandermonde, (void*)Emulated<T>::power_sums, \
-                           (void*)Emulated<T>::diag_step, (void*)Emulated<T>::dplr_step};                                   \
-    return table[i];                                                                                                        \
+#define OPS(T, twice)                                                                              \
+  const void* op_##twice(int i) {                                                                  \
+    const void* table[] = {(void*)Emulated<T>::cauchy,      (void*)Emulated<T>::cauchy_backward,   \
+                           (void*)Emulated<T>::spectrum,    (void*)Emulated<T>::spectrum_backward, \
+                           (void*)Emulated<T>::vandermonde, (void*)Emulated<T>::power_sums,        \
+                           (void*)Emulated<T>::diag_step,   (void*)Emulated<T>::dplr_step};        \
+    return table[i];                                                                               \
   }
 OPS(float, float)
 OPS(double, double)

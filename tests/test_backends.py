@@ -14,7 +14,9 @@ from s4nb.ops.cauchy_sum import OPS, PREFERENCE, pick, usable
 from s4nb.ops.vandermonde_sum import vandermonde_torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL = ["cauchy", "log_vandermonde", "log_vandermonde_transpose"]
+SUMS = ["cauchy", "log_vandermonde", "log_vandermonde_transpose"]
+STEPS = ["diag_step", "dplr_step"]
+ALL = [*SUMS, "dplr_spectrum", *STEPS]
 DTYPES = [torch.complex64, torch.complex128]
 
 
@@ -48,8 +50,10 @@ def args(): return torch.randn(2, 3), torch.complex(-torch.rand(2, 3), torch.ran
 def test_torch_is_always_usable(op, dtype): assert usable(op, "torch", "cpu", dtype) == "ok"
 
 
-def test_every_op_has_torch_and_keops():
-    assert list(OPS) == ALL and all(list(op.backends) == ["torch", "keops"] for op in OPS.values())
+def test_every_op_has_its_backends():
+    assert list(OPS) == ALL
+    assert all(list(op.backends) == (["native", "torch"] if name in STEPS else ["native", "triton", "torch", "keops"])
+               for name, op in OPS.items())
     assert all("torch" in order for order in PREFERENCE.values())
 
 
@@ -75,8 +79,8 @@ def test_a_pykeops_that_fails_is_a_reason_not_an_error(tmp_path, stub, reason):
     out = python("""
         import json, torch
         import s4nb.ops.cauchy_sum as c
-        from s4nb.ops import backends
-        states = backends()
+        import s4nb
+        states = s4nb.ops.backends()
         c.PREFERENCE["cpu"] = ["keops", "torch"]
         v, z, w = torch.randn(2, 3), 1j * torch.randn(5), torch.randn(2, 3) - 5
         assert torch.equal(c.cauchy(v, z, w), c.cauchy(v, z, w, backend="torch"))
@@ -88,7 +92,9 @@ def test_a_pykeops_that_fails_is_a_reason_not_an_error(tmp_path, stub, reason):
     forced = states.pop("forced")
     assert "'keops' cannot do cauchy" in forced and reason in forced
     assert list(states) == ALL
-    for op in ALL: assert states[op]["torch"] == "ok" and states[op]["keops"] != "ok" and reason in states[op]["keops"]
+    for op in ALL:
+        assert states[op]["torch"] == "ok"
+        assert op in STEPS or states[op]["keops"] != "ok" and reason in states[op]["keops"]
     assert not reason or "clean_pykeops()" in states["cauchy"]["keops"] and "clean_pykeops()" in forced
 
 
@@ -108,22 +114,22 @@ def test_environment_names_the_backend(monkeypatch, backend):
     monkeypatch.setenv("S4NB_BACKEND", "seven")
     assert torch.allclose(log_vandermonde(v, x, 8), 7 * log_vandermonde(v, x, 8, backend="torch"))            # the argument wins
     monkeypatch.setenv("S4NB_BACKEND", "cuda9")
-    with pytest.raises(ValueError, match="S4NB_BACKEND.*cuda9.*torch, keops"): log_vandermonde(v, x, 8)
+    with pytest.raises(ValueError, match="S4NB_BACKEND.*cuda9.*native, triton, torch, keops"): log_vandermonde(v, x, 8)
     monkeypatch.setenv("S4NB_BACKEND", "")
-    assert torch.equal(log_vandermonde(v, x, 8), log_vandermonde(v, x, 8, backend="torch"))
+    assert torch.equal(log_vandermonde(v, x, 8), pick("log_vandermonde", None, "cpu", torch.complex64)(v, x, 8))
 
 
 @pytest.mark.parametrize("f", [lambda: cauchy(*args(), args()[1], backend="kops"), lambda: log_vandermonde(*args(), 4, backend="kops"),
                                lambda: log_vandermonde_transpose(torch.randn(4), *args(), 4, backend="kops")])
 def test_unknown_backend_lists_the_names(f):
-    with pytest.raises(ValueError, match="kops.*torch, keops"): f()
+    with pytest.raises(ValueError, match="kops.*native, triton, torch, keops"): f()
 
 
 def test_one_entry_adds_a_backend(backend, monkeypatch):
     calls = []
-    def native(v, x, L, conj=True): calls.append(v.dtype); return vandermonde_torch(v, x, L, conj)
-    backend("native", native)
-    monkeypatch.setitem(PREFERENCE, "cpu", ["native", "torch"])
+    def mine(v, x, L, conj=True): calls.append(v.dtype); return vandermonde_torch(v, x, L, conj)
+    backend("mine", mine)
+    monkeypatch.setitem(PREFERENCE, "cpu", ["mine", "torch"])
     log_vandermonde(*args(), 4)
     n = len(calls)
     log_vandermonde(*args(), 4)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from s4nb.ops.convolution import MANY, fast_length
 from s4nb.ssm import views
 from s4nb.ssm.layer import Kernel, SSMLayer
 from s4nb.ssm.lssl import DenseKernel
@@ -33,6 +34,48 @@ def test_the_layer_is_its_formula(swap_channels, L):
     assert torch.allclose(net(u)[0], formula(net, u), atol=1e-12)
     net = layer(swap_channels=swap_channels, activation="silu", mult_act="tanh")
     assert torch.allclose(net(u)[0], formula(net, u, lambda y: F.silu(y).tanh()), atol=1e-12)
+
+
+@pytest.mark.parametrize("batch, L", [(2, 30), (2, 150), (MANY, 30)])
+def test_gradients_of_every_parameter(batch, L):
+    net, u = layer(), torch.randn(batch, L, 3, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(batch, L, 3, dtype=torch.float64)
+    given = [u, *net.parameters()]
+    ours, theirs = (torch.autograd.grad(y, given, g) for y in (net(u, return_state=False)[0], formula(net, u)))
+    for a, b in zip(ours, theirs): assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+class Free(Kernel):
+    "K itself as the parameter."
+    def __init__(self, d_model, channels, L):
+        super().__init__(d_model, 0, channels)
+        self.register("K", torch.randn(channels, d_model, L) / L)
+
+    def forward(self, L, rate=1.0, state=None): return self.K[..., :L], None
+
+
+@pytest.mark.parametrize("c", [1, 2])
+def test_what_is_kept_for_the_backward_pass(c):
+    b, L, h = 8, 500, 16
+    net, u = SSMLayer(Free(h, c, L)), torch.randn(b, L, h, requires_grad=True)
+    kept = {}
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): y = net(u, return_state=False)[0]
+    features = h + c * h + c * h + 2 * h                # u, the convolution, the activation, the linear map before its gate
+    parameters = c * h * fast_length(2 * L - 1) + net.mix[0].weight.numel()
+    assert y.shape == u.shape and sum(kept.values()) <= 4 * (b * L * features + parameters)
+
+
+def test_compiles_into_one_graph():
+    net, u = SSMLayer(Free(4, 2, 300)), torch.randn(2, 300, 4, requires_grad=True)
+    given = [u, *net.parameters()]
+    y, want = torch.compile(net, fullgraph=True, backend="aot_eager")(u, return_state=False)[0], net(u, return_state=False)[0]
+    assert torch.allclose(y, want, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(y.sum(), given), torch.autograd.grad(want.sum(), given)):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_pointwise_half():

@@ -340,17 +340,49 @@ template <class T> void cauchy_nodes(const CauchyArgs<T>& a, int64_t zb, int64_t
 }
 
 // ---- the spectrum of a DPLR kernel -----------------------------------------------------------------------------------
-// Node 0 in double: sum over pairs of v / -w.
-S4NB_FORCE double at_zero(const double* v, const double* w, int64_t M) {
-  double s = 0;
-  for (int64_t m = 0; m < M; m++) {
-    double q = w[2 * m] * w[2 * m] + w[2 * m + 1] * w[2 * m + 1];
-    s -= 2 * (v[2 * m] * w[2 * m] + v[2 * m + 1] * w[2 * m + 1]) / q;
+// The node z = 0 in double: a mode that hardly decays has its pole there, and the two terms of Woodbury's identity cancel.
+// All numbers are real: k_r = -2 Re sum v_r / w.
+struct AtZero {
+  int64_t I, J, M;  // I, J: of the low-rank term
+  const double *v, *w;
+  Memory<double> k;
+  double q;
+  AtZero(const double* v, const double* w, int64_t rows, int64_t columns, int64_t M)
+      : I(rows - 1), J(columns - 1), M(M), v(v), w(w), k(rows * columns) {
+    for (int64_t r = 0; r < rows * columns; r++) {
+      k[r] = 0;
+      for (int64_t m = 0; m < M; m++) k[r] -= 2 * (number(v, r * M + m) * inverse(number(w, m))).re;
+    }
+    q = 1 / (1 + at(I, J));
   }
-  return s;
-}
+  double at(int64_t i, int64_t j) const { return k[i * (J + 1) + j]; }
+  template <class T> void store(const DplrArgs<T>& a, int64_t h) const {
+    for (int64_t i = 0; i < I; i++)
+      for (int64_t j = 0; j < J; j++) {
+        T* to = a.spectrum + 2 * ((h * I + i) * J + j) * a.F;
+        to[0] = T(at(i, j) - at(i, J) * at(I, j) * q); to[1] = 0;
+      }
+  }
+  template <class T> void chain(const DplrArgs<T>& a, int64_t h, double* dv, double* dw) const {
+    auto g = [&](int64_t i, int64_t j) { return double(a.grad[2 * ((h * I + i) * J + j) * a.F]); };
+    for (int64_t i = 0; i <= I; i++)
+      for (int64_t j = 0; j <= J; j++) {
+        double s = 0;
+        if (i < I && j < J) s = g(i, j);
+        else if (i < I) for (int64_t n = 0; n < J; n++) s -= g(i, n) * at(I, n) * q;
+        else if (j < J) for (int64_t n = 0; n < I; n++) s -= g(n, j) * at(n, J) * q;
+        else for (int64_t n = 0; n < I * J; n++) s += g(n / J, n % J) * at(n / J, J) * at(I, n % J) * q * q;
+        for (int64_t m = 0; m < M; m++) {
+          int64_t r = (i * (J + 1) + j) * M + m;
+          Complex<double> u = inverse(number(w, m)), vu = number(v, r) * u * u;
+          dv[2 * r] -= 2 * s * u.re; dv[2 * r + 1] += 2 * s * u.im;
+          dw[2 * m] += 2 * s * vu.re; dw[2 * m + 1] -= 2 * s * vu.im;
+        }
+      }
+  }
+};
 
-// One tile of the spectrum from the sums k (R, 2, TILE); `first`: the tile holds node 0, whose factor is 1.
+// One tile of the spectrum from the sums k (R, 2, TILE).
 template <class T> void combine(const DplrArgs<T>& a, int64_t h, int64_t begin, const Nodes<T>& z, const T* k) {
   auto k_at = [&](int64_t i, int64_t j, int64_t l) -> Complex<Vec<T>> {
     const T* p = k + 2 * (i * a.J + j) * TILE + l;
@@ -374,13 +406,13 @@ template <class T> void dplr(const DplrArgs<T>& a, int64_t h, int64_t begin, int
   const double *v = a.v + 2 * h * R * a.M, *w = a.w + 2 * h * a.M;
   Row<T> row(a.M, R);
   row.template fill<true>(v, w);
+  AtZero zero(v, w, a.I, a.J, a.M);
   Nodes<T> z;
   Memory<T> k(2 * R * TILE);
   for (int64_t l = begin; l < end; l += TILE) {
     int64_t last = least(l + TILE, end);
     z.fill_imaginary(a.y, l, last);
     sum_tile<T, true, true>(z, row, k);
-    if (l == 0) for (int64_t r = 0; r < R; r++) { k[2 * r * TILE] = T(at_zero(v + 2 * r * a.M, w, a.M)); k[(2 * r + 1) * TILE] = 0; }
     if constexpr (sizeof(T) == 4)
       if (!finite_tile(k.p, R, z.n))
         again_in_double<true, true>([&](auto& wide_row, auto& wide_z) {
@@ -393,6 +425,7 @@ template <class T> void dplr(const DplrArgs<T>& a, int64_t h, int64_t begin, int
       for (int64_t i = 0; i < z.n; i++) { to[2 * i] = from[i]; to[2 * i + 1] = from[TILE + i]; }
     }
     combine(a, h, l, z, k.p);
+    if (l == 0) zero.store(a, h);
   }
   if (end == a.K && a.F > a.K)  // even length: at z = infinity only the direct sums are left
     for (int64_t i = 0; i + 1 < a.I; i++)
@@ -459,6 +492,7 @@ template <class C, class T> void dplr_collect_in(const DplrArgs<T>& a, int64_t h
         Complex<Vec<C>> s = woodbury.slope(r / a.J, r % a.J, n);
         store(k + n, s.re); store(k + TILE + n, s.im);
       }
+      if (l == 0) k[0] = k[TILE] = 0;  // AtZero has it
     }, sums);
   }
 }
@@ -471,8 +505,10 @@ template <class T> void dplr_collect(const DplrArgs<T>& a, int64_t h, int64_t be
 
 template <class T> void dplr_chain(const DplrArgs<T>& a, int64_t h, int64_t chunks) {
   int64_t R = a.I * a.J, width = a.M * (2 * R + 2);
-  double* dv = a.dv + 2 * h * R * a.M;
-  chain_row<true>(a.v + 2 * h * R * a.M, a.w + 2 * h * a.M, a.partial + h * width, a.H * width, chunks, a.M, R, dv, a.dw + 2 * h * a.M);
+  const double *v = a.v + 2 * h * R * a.M, *w = a.w + 2 * h * a.M;
+  double *dv = a.dv + 2 * h * R * a.M, *dw = a.dw + 2 * h * a.M;
+  chain_row<true>(v, w, a.partial + h * width, a.H * width, chunks, a.M, R, dv, dw);
+  AtZero(v, w, a.I, a.J, a.M).chain(a, h, dv, dw);
   if (a.F > a.K)
     for (int64_t i = 0; i + 1 < a.I; i++)
       for (int64_t j = 0; j + 1 < a.J; j++)

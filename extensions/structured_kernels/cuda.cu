@@ -1,5 +1,5 @@
-// The CUDA ops of s4nb for torch, on LibTorch's stable ABI: one library serves torch 2.10 and later. Checks and memory are
-// here; the kernels are in cuda_cauchy.cuh and cuda_powers.cuh. Everything runs on torch's current stream, without a sync.
+// The CUDA ops of s4nb for torch, on LibTorch's stable ABI: one library serves torch 2.10 and later. Checks and memory
+// are here; the kernels are in cuda_cauchy.cuh and cuda_powers.cuh. All runs on torch's current stream, and never waits.
 #define S4NB_ISA cuda
 #ifndef USE_CUDA
 #define USE_CUDA  // torch's header then declares how to get the current stream
@@ -36,9 +36,11 @@ struct Call {
 
   void check(const char* name, const Tensor& t, ScalarType type, const Sizes& sizes) const {
     STD_TORCH_CHECK(t.scalar_type() == type, "s4nb::", op, ": the dtype of ", name, " does not go with the others");
-    STD_TORCH_CHECK(Sizes(t.sizes().begin(), t.sizes().end()) == sizes, "s4nb::", op, ": the shape of ", name, " does not go with the others");
+    STD_TORCH_CHECK(Sizes(t.sizes().begin(), t.sizes().end()) == sizes, "s4nb::", op, ": the shape of ", name,
+                    " does not go with the others");
     STD_TORCH_CHECK(t.is_contiguous(), "s4nb::", op, ": ", name, " has to be contiguous");
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == on.get_device_index(), "s4nb::", op, ": ", name, " lies on another device");
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == on.get_device_index(), "s4nb::", op, ": ", name,
+                    " lies on another device");
   }
   void check_complex(const char* name, const Tensor& t, int64_t dims) const {
     STD_TORCH_CHECK(is_complex(t.scalar_type()), "s4nb::", op, ": ", name, " has to be complex64 or complex128");
@@ -47,27 +49,31 @@ struct Call {
   }
   Tensor make(const Sizes& sizes, ScalarType type) const { return torch::stable::new_empty(on, sizes, type); }
 
-  template <class... P, class... A> void operator()(void (*kernel)(P...), int64_t blocks, int threads, A... arguments) const {
+  template <class... P, class... A>
+  void operator()(void (*kernel)(P...), int64_t blocks, int threads, A... arguments) const {
     STD_TORCH_CHECK(blocks <= 2147483647, "s4nb::", op, ": too large, it takes ", blocks, " blocks of threads");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
     kernel<<<unsigned(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(P(arguments)...);
     cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, "s4nb::", op, ": no launch on the GPU (", cudaGetErrorName(error), ": ", cudaGetErrorString(error), ")");
+    STD_TORCH_CHECK(error == cudaSuccess, "s4nb::", op, ": no launch on the GPU (", cudaGetErrorName(error), ": ",
+                    cudaGetErrorString(error), ")");
   }
 };
 
 // Kernels are launched through this: a copy of Call would move its device guard.
 struct Launch {
   const Call& call;
-  template <class K, class... A> void operator()(K kernel, int64_t blocks, int threads, A... arguments) const { call(kernel, blocks, threads, arguments...); }
+  template <class K, class... A> void operator()(K kernel, int64_t blocks, int threads, A... arguments) const {
+    call(kernel, blocks, threads, arguments...);
+  }
 };
 
 template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 template <class T> Complex<T>* numbers(const Tensor& t) { return data<Complex<T>>(t); }
 template <class F> void by_type(ScalarType t, const F& f) { if (is_double(t)) f(double()); else f(float()); }
 
-// ---- Cauchy sums -----------------------------------------------------------------------------------------------------
+// ---- Cauchy sums ---------------------------------------------------------------------------------------------------
 void check_cauchy(const Call& call, const Tensor& v, const Tensor& z, const Tensor& w) {
   call.check_complex("v", v, 3);
   call.check_complex("z", z, 2);
@@ -109,12 +115,13 @@ std::tuple<Tensor, Tensor, Tensor> cauchy_backward(Tensor grad, Tensor v, Tensor
   return std::make_tuple(dv, dz, dw);
 }
 
-// ---- the spectrum of a DPLR kernel -----------------------------------------------------------------------------------
+// ---- the spectrum of a DPLR kernel ---------------------------------------------------------------------------------
 Dplr check_dplr(const Call& call, const Tensor& v, const Tensor& w, int64_t L) {
   call.check_complex("v", v, 4);
   call.check("v", v, ScalarType::ComplexDouble, {v.size(0), v.size(1), v.size(2), v.size(3)});
   call.check("w", w, ScalarType::ComplexDouble, {v.size(0), v.size(3)});
-  STD_TORCH_CHECK(v.size(1) > 0 && v.size(2) > 0 && L > 0, "s4nb::", call.op, ": v has to have the low-rank numerators and L to be positive");
+  STD_TORCH_CHECK(v.size(1) > 0 && v.size(2) > 0 && L > 0, "s4nb::", call.op,
+                  ": v has to have the low-rank numerators and L to be positive");
   return {numbers<double>(v), numbers<double>(w), v.size(0), v.size(1), v.size(2), v.size(3), L};
 }
 
@@ -122,7 +129,8 @@ std::tuple<Tensor, Tensor> dplr_spectrum(Tensor v, Tensor w, int64_t L, bool sin
   Call call("dplr_spectrum", v);
   Dplr a = check_dplr(call, v, w, L);
   ScalarType type = single ? ScalarType::ComplexFloat : ScalarType::ComplexDouble;
-  Tensor spectrum = call.make({a.H, a.I - 1, a.J - 1, L / 2 + 1}, type), sums = call.make({a.H, a.I, a.J, (L + 1) / 2}, type);
+  Tensor spectrum = call.make({a.H, a.I - 1, a.J - 1, L / 2 + 1}, type),
+         sums = call.make({a.H, a.I, a.J, (L + 1) / 2}, type);
   Tensor ends = call.make({a.fused() ? 0 : 2 * a.H * a.I * a.J}, ScalarType::Double);
   by_type(type, [&](auto t) {
     using T = decltype(t);
@@ -141,12 +149,13 @@ std::tuple<Tensor, Tensor> dplr_spectrum_backward(Tensor grad, Tensor sums, Tens
   Tensor partial = call.make({Split::of(a.shape()).doubles(a.shape())}, ScalarType::Double);
   by_type(grad.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    launch_spectrum_backward(Launch{call}, a, numbers<T>(grad), numbers<T>(sums), data<double>(partial), numbers<double>(dv), numbers<double>(dw));
+    launch_spectrum_backward(Launch{call}, a, numbers<T>(grad), numbers<T>(sums), data<double>(partial),
+                             numbers<double>(dv), numbers<double>(dw));
   });
   return std::make_tuple(dv, dw);
 }
 
-// ---- powers ----------------------------------------------------------------------------------------------------------
+// ---- powers --------------------------------------------------------------------------------------------------------
 Tensor vandermonde(Tensor v, Tensor x, int64_t L, bool pairs) {
   Call call("vandermonde", v);
   call.check_complex("v", v, 3);
@@ -167,19 +176,21 @@ std::tuple<Tensor, Tensor> power_sums(Tensor u, Tensor x, bool moments) {
   Call call("power_sums", u);
   ScalarType type = u.scalar_type();
   STD_TORCH_CHECK(u.dim() == 3 && x.dim() == 2, "s4nb::power_sums: u has to have 3 dimensions, x 2");
-  STD_TORCH_CHECK(is_complex(type) || type == real_of(type), "s4nb::power_sums: u has to be float32, float64, complex64 or complex128");
+  STD_TORCH_CHECK(is_complex(type) || type == real_of(type),
+                  "s4nb::power_sums: u has to be float32, float64, complex64 or complex128");
   int64_t B = u.size(0), R = u.size(1), M = x.size(1), L = u.size(2);
   call.check("u", u, type, {B, R, L});
   call.check("x", x, ScalarType::ComplexDouble, {B, M});
-  Tensor out = call.make({B, R, M}, complex_of(type)), second = call.make(moments ? Sizes{B, R, M} : Sizes{0}, complex_of(type));
+  Tensor out = call.make({B, R, M}, complex_of(type)),
+         second = call.make(moments ? Sizes{B, R, M} : Sizes{0}, complex_of(type));
   by_type(type, [&](auto t) {
     using T = decltype(t);
     auto run = [&](auto real, auto* input) {
       constexpr bool REAL = decltype(real)::value;
       int64_t chunks = power_chunks<REAL, T>(L);
       Tensor partial = call.make(Sizes{chunks > 1 ? B * R * chunks * (1 + moments) * M : 0}, ScalarType::ComplexDouble);
-      launch_power_sums<REAL>(Launch{call}, input, numbers<double>(x), numbers<T>(out), moments ? numbers<T>(second) : nullptr,
-                              numbers<double>(partial), B, R, M, L);
+      launch_power_sums<REAL>(Launch{call}, input, numbers<double>(x), numbers<T>(out),
+                              moments ? numbers<T>(second) : nullptr, numbers<double>(partial), B, R, M, L);
     };
     if (is_complex(type)) run(std::false_type(), numbers<T>(u));
     else run(std::true_type(), data<T>(u));
@@ -187,7 +198,7 @@ std::tuple<Tensor, Tensor> power_sums(Tensor u, Tensor x, bool moments) {
   return std::make_tuple(out, second);
 }
 
-// ---- one step --------------------------------------------------------------------------------------------------------
+// ---- one step ------------------------------------------------------------------------------------------------------
 struct Stepped { Tensor y, next; };
 
 Stepped check_step(const Call& call, const Tensor& B, const Tensor& C, const Tensor& u, const Tensor& state) {
@@ -201,8 +212,10 @@ Stepped check_step(const Call& call, const Tensor& B, const Tensor& C, const Ten
   return {call.make({b, C.size(0), h}, real_of(type)), call.make({b, h, m}, type)};
 }
 
-template <class T> Step<T> arguments_of(const Stepped& s, const Tensor& C, const Tensor& u, const Tensor& state, int64_t rank) {
-  return {numbers<T>(C), data<T>(u), numbers<T>(state), data<T>(s.y), numbers<T>(s.next), state.size(0), state.size(1), state.size(2), C.size(0), rank};
+template <class T>
+Step<T> arguments_of(const Stepped& s, const Tensor& C, const Tensor& u, const Tensor& state, int64_t rank) {
+  return {numbers<T>(C), data<T>(u),    numbers<T>(state), data<T>(s.y), numbers<T>(s.next),
+          state.size(0), state.size(1), state.size(2),     C.size(0),    rank};
 }
 
 std::tuple<Tensor, Tensor> diag_step(Tensor A, Tensor B, Tensor C, Tensor u, Tensor state) {
@@ -216,7 +229,8 @@ std::tuple<Tensor, Tensor> diag_step(Tensor A, Tensor B, Tensor C, Tensor u, Ten
   return std::make_tuple(s.y, s.next);
 }
 
-std::tuple<Tensor, Tensor> dplr_step(Tensor D, Tensor E, Tensor P, Tensor Q, Tensor B2, Tensor C, Tensor u, Tensor state) {
+std::tuple<Tensor, Tensor> dplr_step(Tensor D, Tensor E, Tensor P, Tensor Q, Tensor B2, Tensor C, Tensor u,
+                                     Tensor state) {
   Call call("dplr_step", state);
   Stepped s = check_step(call, B2, C, u, state);
   ScalarType type = state.scalar_type();
@@ -229,8 +243,8 @@ std::tuple<Tensor, Tensor> dplr_step(Tensor D, Tensor E, Tensor P, Tensor Q, Ten
   Tensor x = P.size(0) > 1 ? call.make({state.size(0), state.size(1), state.size(2)}, type) : s.next;
   by_type(type, [&](auto t) {
     using T = decltype(t);
-    launch_dplr_step(Launch{call}, arguments_of<T>(s, C, u, state, P.size(0)), numbers<T>(D), numbers<T>(E), numbers<T>(P), numbers<T>(Q),
-                     numbers<T>(B2), numbers<T>(x));
+    launch_dplr_step(Launch{call}, arguments_of<T>(s, C, u, state, P.size(0)), numbers<T>(D), numbers<T>(E),
+                     numbers<T>(P), numbers<T>(Q), numbers<T>(B2), numbers<T>(x));
   });
   return std::make_tuple(s.y, s.next);
 }

@@ -18,7 +18,7 @@ __device__ inline double block_sum(double x) {
   return total;
 }
 
-// ---- Cauchy sums -----------------------------------------------------------------------------------------------------
+// ---- Cauchy sums ---------------------------------------------------------------------------------------------------
 struct Shape { int64_t rows, numerators, modes, nodes; };  // v (rows, numerators, modes), w (rows, modes)
 
 template <class T> struct Nodes {  // given: z (1, L) or (rows, L)
@@ -38,7 +38,8 @@ template <class T> struct RootsOfUnity {  // z_k = 2i tan(pi k / length)
 
 // One sum in double: for results that overflowed or underflowed on the way in float.
 template <bool PAIRS, class S>
-__device__ __noinline__ Complex<double> exact_sum(const Complex<S>* v, const Complex<S>* w, int64_t modes, Complex<double> z) {
+__device__ __noinline__ Complex<double> exact_sum(const Complex<S>* v, const Complex<S>* w, int64_t modes,
+                                                  Complex<double> z) {
   Sum<PAIRS, double> sum = {};
   for (int64_t m = 0; m < modes; m++) {
     Complex<double> W = cast<double>(w[m]), c = coefficients<PAIRS>(cast<double>(v[m]), W);
@@ -47,12 +48,15 @@ __device__ __noinline__ Complex<double> exact_sum(const Complex<S>* v, const Com
   return sum.value(z);
 }
 
-template <class T, int R> struct alignas(16) Term { Mode<T> mode; T c[2 * R]; };  // a mode, the coefficients of R numerators
+template <class T, int R> struct alignas(16) Term {  // a mode, and the coefficients of R numerators
+  Mode<T> mode;
+  T c[2 * R];
+};
 
 // The sums of R numerators (`count` of them are there) at OWN nodes of this thread; all threads of the block take part.
 template <bool PAIRS, bool IMAGINARY, class T, class S, int R>
-__device__ void sum_modes(Complex<T> (&out)[OWN][R], const Complex<T> (&z)[OWN], bool active, int count, const Complex<S>* v,
-                          const Complex<S>* w, int64_t modes) {
+__device__ void sum_modes(Complex<T> (&out)[OWN][R], const Complex<T> (&z)[OWN], bool active, int count,
+                          const Complex<S>* v, const Complex<S>* w, int64_t modes) {
   __shared__ Term<T, R> terms[MODES];
   Sum<PAIRS, T> sum[OWN][R] = {};
   for (int64_t first = 0; first < modes; first += MODES) {
@@ -89,7 +93,8 @@ __device__ void sum_modes(Complex<T> (&out)[OWN][R], const Complex<T> (&z)[OWN],
   if (sizeof(T) == 4 && active && !good)  // one call in a loop that stays one: `out` lies in registers
 #pragma unroll 1
     for (int i = 0; i < OWN * count; i++) {
-      Complex<T> exact = cast<T>(exact_sum<PAIRS>(v + i % count * modes, w, modes, cast<double>(i < count ? z[0] : z[1])));
+      Complex<T> exact =
+          cast<T>(exact_sum<PAIRS>(v + i % count * modes, w, modes, cast<double>(i < count ? z[0] : z[1])));
 #pragma unroll
       for (int o = 0; o < OWN; o++)
 #pragma unroll
@@ -110,12 +115,13 @@ struct Place {
   static int64_t blocks(Shape s, int R) { return s.rows * pieces(s.numerators, R) * pieces(s.nodes, OWN * THREADS); }
 };
 
-template <bool PAIRS, class T, int R>
-__global__ void __launch_bounds__(THREADS) cauchy_kernel(Nodes<T> nodes, const Complex<T>* v, const Complex<T>* w, Complex<T>* out, Shape s) {
+template <bool PAIRS, class T, int R> __global__ void __launch_bounds__(THREADS)
+    cauchy_kernel(Nodes<T> nodes, const Complex<T>* v, const Complex<T>* w, Complex<T>* out, Shape s) {
   Place at = Place::of<R>(blockIdx.x, threadIdx.x, s);
   Complex<T> z[OWN], k[OWN][R];
   for (int o = 0; o < OWN; o++) z[o] = nodes(at.row, least(at.node + o * THREADS, s.nodes - 1));
-  sum_modes<PAIRS, false>(k, z, at.active, at.count, v + (at.row * s.numerators + at.first) * s.modes, w + at.row * s.modes, s.modes);
+  sum_modes<PAIRS, false>(k, z, at.active, at.count, v + (at.row * s.numerators + at.first) * s.modes,
+                          w + at.row * s.modes, s.modes);
 #pragma unroll
   for (int o = 0; o < OWN; o++)
 #pragma unroll
@@ -124,15 +130,18 @@ __global__ void __launch_bounds__(THREADS) cauchy_kernel(Nodes<T> nodes, const C
         out[(at.row * s.numerators + at.first + r) * s.nodes + at.node + o * THREADS] = k[o][r];
 }
 
-// The spectrum's numerators are a matrix (I, J), its last row and column the low-rank ones. At the two ends of the axis,
-// z = 0 and the limit z -> infinity (of even lengths only), the sums are real and done in double by the first block of a row.
+// The spectrum's numerators are a matrix (I, J), its last row and column the low-rank ones. At the two ends of the
+// axis, z = 0 and the limit z -> infinity (of even lengths only), the sums are real; a row's first block does them in
+// double.
 struct Ends { double zero, limit; };
 
-__device__ inline Complex<double> at_zero(double k_ij, double k_iJ, double k_Ij, double k_IJ) { return {k_ij - k_iJ * k_Ij / (1 + k_IJ), 0}; }
+__device__ inline Complex<double> at_zero(double k_ij, double k_iJ, double k_Ij, double k_IJ) {
+  return {k_ij - k_iJ * k_Ij / (1 + k_IJ), 0};
+}
 
-template <class T, int R>
-__global__ void __launch_bounds__(THREADS) spectrum_kernel(RootsOfUnity<T> nodes, const Complex<double>* v, const Complex<double>* w,
-                                                           Complex<T>* sums, Complex<T>* spectrum, Ends* ends, Shape s) {
+template <class T, int R> __global__ void __launch_bounds__(THREADS)
+    spectrum_kernel(RootsOfUnity<T> nodes, const Complex<double>* v, const Complex<double>* w, Complex<T>* sums,
+                    Complex<T>* spectrum, Ends* ends, Shape s) {
   Place at = Place::of<R>(blockIdx.x, threadIdx.x, s);
   v += (at.row * s.numerators + at.first) * s.modes;
   w += at.row * s.modes;
@@ -178,26 +187,29 @@ __global__ void __launch_bounds__(THREADS) spectrum_kernel(RootsOfUnity<T> nodes
 }
 
 // Woodbury's identity for any number of numerators, from the sums: one thread for each (h, i, j, bin).
-template <class T>
-__global__ void __launch_bounds__(THREADS) woodbury_kernel(RootsOfUnity<T> nodes, const Complex<T>* sums, const Ends* ends,
-                                                           Complex<T>* spectrum, int64_t I, int64_t J, int64_t total) {
+template <class T> __global__ void __launch_bounds__(THREADS)
+    woodbury_kernel(RootsOfUnity<T> nodes, const Complex<T>* sums, const Ends* ends, Complex<T>* spectrum, int64_t I,
+                    int64_t J, int64_t total) {
   int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x;
   if (index >= total) return;
   int64_t bins = nodes.length / 2 + 1, K = (nodes.length + 1) / 2, l = index % bins, ij = index / bins;
   int64_t j = ij % (J - 1), i = ij / (J - 1) % (I - 1), h = ij / (J - 1) / (I - 1);
   int64_t at[4] = {(h * I + i) * J + j, (h * I + i) * J + J - 1, (h * I + I - 1) * J + j, (h * I + I - 1) * J + J - 1};
   if (l == K) spectrum[index] = {T(ends[at[0]].limit), T(0)};
-  else if (l == 0) spectrum[index] = cast<T>(at_zero(ends[at[0]].zero, ends[at[1]].zero, ends[at[2]].zero, ends[at[3]].zero));
+  else if (l == 0)
+    spectrum[index] = cast<T>(at_zero(ends[at[0]].zero, ends[at[1]].zero, ends[at[2]].zero, ends[at[3]].zero));
   else
-    spectrum[index] = woodbury<T>({T(1), nodes(h, l).im / 2}, sums[at[0] * K + l], sums[at[1] * K + l], sums[at[2] * K + l],
-                                  woodbury_q(sums[at[3] * K + l]));
+    spectrum[index] = woodbury<T>({T(1), nodes(h, l).im / 2}, sums[at[0] * K + l], sums[at[1] * K + l],
+                                  sums[at[2] * K + l], woodbury_q(sums[at[3] * K + l]));
 }
 
-// ---- Gradients of Cauchy sums ----------------------------------------------------------------------------------------
+// ---- Gradients of Cauchy sums --------------------------------------------------------------------------------------
 // The conjugate gradient of sum r of a row at node l: as it came, or through Woodbury's identity.
 template <class T> struct Upstream {
   const Complex<T>* grad; Shape s;
-  __device__ Complex<T> operator()(int64_t row, int64_t r, int64_t l, Complex<T>) const { return conj(grad[(row * s.numerators + r) * s.nodes + l]); }
+  __device__ Complex<T> operator()(int64_t row, int64_t r, int64_t l, Complex<T>) const {
+    return conj(grad[(row * s.numerators + r) * s.nodes + l]);
+  }
   __device__ double limit(int64_t, int64_t) const { return 0; }
 };
 
@@ -225,12 +237,13 @@ template <class T> struct ThroughWoodbury {
   }
   __device__ double limit(int64_t row, int64_t r) const {  // what each Re v gets from the last bin
     const int c = I - 1, b = J - 1, i = int(r) / J, j = int(r) % J;
-    return length % 2 || i >= c || j >= b ? 0 : double(grad[((row * c + i) * b + j) * (length / 2 + 1) + length / 2].re);
+    if (length % 2 || i >= c || j >= b) return 0;
+    return double(grad[((row * c + i) * b + j) * (length / 2 + 1) + length / 2].re);
   }
 };
 
-// How the sums over nodes are split: block = (row, R numerators, chunk of nodes, tile of modes). In a block `width` threads
-// own OWN modes each; several such groups share the nodes. Each block leaves 2R+2 doubles for each of its modes.
+// How the sums over nodes are split: block = (row, R numerators, chunk of nodes, tile of modes). In a block `width`
+// threads own OWN modes each; several such groups share the nodes. A block leaves 2R+2 doubles for each mode.
 struct Split {
   int64_t groups, chunks, chunk, tiles;
   int R, width;
@@ -247,15 +260,17 @@ struct Split {
 template <class T, int R> struct alignas(16) Node { Complex<T> z, k[R], kz[R]; };
 
 template <bool PAIRS, class T, class S, int R, class Z, class G>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3) slopes_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial,
-                                                         Shape s, Split split) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3)
+    slopes_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial, Shape s,
+                  Split split) {
   constexpr int SUMS = 2 * R + 2;
   __shared__ Node<T, R> staged[THREADS];
   __shared__ T scratch[OWN * SUMS * THREADS];
   const int t = threadIdx.x, width = split.width, groups = THREADS / width, lane = t % width, group = t / width;
   int64_t block = blockIdx.x, tile = block % split.tiles, cell = block / split.tiles;  // cell: (row, numerators, chunk)
   int64_t begin = cell % split.chunks * split.chunk, end = least(begin + split.chunk, s.nodes);
-  int64_t first = cell / split.chunks % split.groups * R, row = cell / split.chunks / split.groups, mode_0 = tile * width * OWN;
+  int64_t first = cell / split.chunks % split.groups * R, row = cell / split.chunks / split.groups,
+          mode_0 = tile * width * OWN;
   const int count = int(least(R, s.numerators - first));
 
   Mode<T> mode[OWN];
@@ -308,7 +323,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3) slopes_kernel
   for (int o = 0; o < OWN; o++) {
     T* mine = scratch + o * SUMS * THREADS + t;
 #pragma unroll
-    for (int r = 0; r < R; r++) { mine[2 * r * THREADS] = slope[o][r].first; mine[(2 * r + 1) * THREADS] = slope[o][r].second; }
+    for (int r = 0; r < R; r++) {
+      mine[2 * r * THREADS] = slope[o][r].first;
+      mine[(2 * r + 1) * THREADS] = slope[o][r].second;
+    }
     mine[2 * R * THREADS] = drift[o].first;
     mine[(2 * R + 1) * THREADS] = drift[o].second;
   }
@@ -324,8 +342,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3) slopes_kernel
 
 // The gradients of one mode in double, node by node: when the sums in float overflowed.
 template <bool PAIRS, class S, class Z, class G>
-__device__ __noinline__ void exact_gradients(Z nodes, G upstream, const Complex<S>* v, Complex<double> W, Complex<S>* dv, Complex<S>* dw,
-                                             Shape s, int64_t row, int64_t m) {
+__device__ __noinline__ void exact_gradients(Z nodes, G upstream, const Complex<S>* v, Complex<double> W,
+                                             Complex<S>* dv, Complex<S>* dw, Shape s, int64_t row, int64_t m) {
   Complex<double> total = {0, 0};
   Drift<PAIRS, false, double> drift = {};
   for (int64_t r = 0; r < s.numerators; r++) {
@@ -348,15 +366,16 @@ __device__ __noinline__ void exact_gradients(Z nodes, G upstream, const Complex<
 }
 
 // One thread for each mode of each row: adds up what the blocks left, and goes back to v and w.
-template <bool PAIRS, class T, class S, class Z, class G>
-__global__ void __launch_bounds__(THREADS) gradients_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, const double* partial,
-                                                            Complex<S>* dv, Complex<S>* dw, Shape s, Split split) {
+template <bool PAIRS, class T, class S, class Z, class G> __global__ void __launch_bounds__(THREADS)
+    gradients_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, const double* partial,
+                     Complex<S>* dv, Complex<S>* dw, Shape s, Split split) {
   int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x, row = index / s.modes, m = index % s.modes;
   if (row >= s.rows) return;
   const int SUMS = 2 * split.R + 2;
   auto total = [&](int64_t group, int which) {
     double sum = 0;
-    for (int64_t c = 0; c < split.chunks; c++) sum += partial[(((row * split.groups + group) * split.chunks + c) * SUMS + which) * s.modes + m];
+    for (int64_t c = 0; c < split.chunks; c++)
+      sum += partial[(((row * split.groups + group) * split.chunks + c) * SUMS + which) * s.modes + m];
     return sum;
   };
   Complex<double> W = cast<double>(w[index]), of_w = {0, 0};
@@ -365,22 +384,26 @@ __global__ void __launch_bounds__(THREADS) gradients_kernel(Z nodes, G upstream,
     int64_t i = (row * s.numerators + r) * s.modes + m;
     int within = int(r % split.R);
     Complex<double> d;
-    chain<PAIRS>(cast<double>(v[i]), W, Slope<PAIRS, double>{total(r / split.R, 2 * within), total(r / split.R, 2 * within + 1)}, d, of_w);
+    Slope<PAIRS, double> slope = {total(r / split.R, 2 * within), total(r / split.R, 2 * within + 1)};
+    chain<PAIRS>(cast<double>(v[i]), W, slope, d, of_w);
     d.re += upstream.limit(row, r);
     good = good && finite(d);
     dv[i] = cast<S>(d);
   }
   Drift<PAIRS, Z::imaginary, double> drift = {0, 0};
-  for (int64_t g = 0; g < split.groups; g++) { drift.first += total(g, 2 * split.R); drift.second += total(g, 2 * split.R + 1); }
+  for (int64_t g = 0; g < split.groups; g++) {
+    drift.first += total(g, 2 * split.R);
+    drift.second += total(g, 2 * split.R + 1);
+  }
   of_w = of_w + drift_of_mode<PAIRS, Z::imaginary>(W, drift);
   dw[index] = cast<S>(of_w);
   if (sizeof(T) == 4 && !(good && finite(of_w))) exact_gradients<PAIRS>(nodes, upstream, v, W, dv, dw, s, row, m);
 }
 
 // Gradients of the nodes, seldom asked for: in double, one thread for each node of each row, rows added afterwards.
-template <bool PAIRS, class T>
-__global__ void __launch_bounds__(THREADS) node_slopes_kernel(Nodes<T> nodes, Upstream<T> upstream, const Complex<T>* v, const Complex<T>* w,
-                                                              Complex<double>* of_row, Shape s) {
+template <bool PAIRS, class T> __global__ void __launch_bounds__(THREADS)
+    node_slopes_kernel(Nodes<T> nodes, Upstream<T> upstream, const Complex<T>* v, const Complex<T>* w,
+                       Complex<double>* of_row, Shape s) {
   int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x, row = index / s.nodes, l = index % s.nodes;
   if (row >= s.rows) return;
   Complex<T> at = nodes(row, l);
@@ -399,8 +422,8 @@ __global__ void __launch_bounds__(THREADS) node_slopes_kernel(Nodes<T> nodes, Up
   of_row[index] = conj(total);
 }
 
-template <class T>
-__global__ void __launch_bounds__(THREADS) add_rows_kernel(const Complex<double>* of_row, Complex<T>* dz, int64_t rows, int64_t size) {
+template <class T> __global__ void __launch_bounds__(THREADS)
+    add_rows_kernel(const Complex<double>* of_row, Complex<T>* dz, int64_t rows, int64_t size) {
   int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x;
   if (index >= size) return;
   Complex<double> total = {0, 0};
@@ -408,7 +431,7 @@ __global__ void __launch_bounds__(THREADS) add_rows_kernel(const Complex<double>
   dz[index] = cast<T>(total);
 }
 
-// ---- Launches --------------------------------------------------------------------------------------------------------
+// ---- Launches ------------------------------------------------------------------------------------------------------
 template <int N> struct Int { static constexpr int value = N; };
 template <class F> void by_count(int64_t numerators, F f) {  // numerators in blocks of 1, 2 or 4, as in Split
   if (numerators <= 1) f(Int<1>());
@@ -431,28 +454,35 @@ template <class T, class L> void launch_cauchy(L launch, Cauchy<T> a, Complex<T>
 }
 
 template <bool PAIRS, class T, class S, class L, class Z, class G>
-void launch_gradients(L launch, Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial, Complex<S>* dv, Complex<S>* dw, Shape s) {
+void launch_gradients(L launch, Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial,
+                      Complex<S>* dv, Complex<S>* dw, Shape s) {
   Split split = Split::of(s);
   int64_t blocks = s.rows * split.groups * split.chunks * split.tiles;
   if (blocks)
     by_count(s.numerators, [&](auto n) {
-      launch(slopes_kernel<PAIRS, T, S, decltype(n)::value, Z, G>, blocks, THREADS, nodes, upstream, v, w, partial, s, split);
+      launch(slopes_kernel<PAIRS, T, S, decltype(n)::value, Z, G>, blocks, THREADS, nodes, upstream, v, w, partial, s,
+             split);
     });
   if (s.rows * s.modes > 0)
-    launch(gradients_kernel<PAIRS, T, S, Z, G>, pieces(s.rows * s.modes, THREADS), THREADS, nodes, upstream, v, w, partial, dv, dw, s, split);
+    launch(gradients_kernel<PAIRS, T, S, Z, G>, pieces(s.rows * s.modes, THREADS), THREADS, nodes, upstream, v, w,
+           partial, dv, dw, s, split);
 }
 
-template <class T, class L> void launch_cauchy_backward(L launch, Cauchy<T> a, const Complex<T>* grad, double* partial, Complex<T>* dv, Complex<T>* dw) {
+template <class T, class L>
+void launch_cauchy_backward(L launch, Cauchy<T> a, const Complex<T>* grad, double* partial, Complex<T>* dv,
+                            Complex<T>* dw) {
   Upstream<T> upstream = {grad, a.s};
   if (a.pairs) launch_gradients<true, T>(launch, a.nodes(), upstream, a.v, a.w, partial, dv, dw, a.s);
   else launch_gradients<false, T>(launch, a.nodes(), upstream, a.v, a.w, partial, dv, dw, a.s);
 }
 
 // of_row: (rows, nodes)
-template <class T, class L> void launch_cauchy_nodes(L launch, Cauchy<T> a, const Complex<T>* grad, Complex<double>* of_row, Complex<T>* dz) {
+template <class T, class L>
+void launch_cauchy_nodes(L launch, Cauchy<T> a, const Complex<T>* grad, Complex<double>* of_row, Complex<T>* dz) {
   auto kernel = a.pairs ? node_slopes_kernel<true, T> : node_slopes_kernel<false, T>;
   if (a.s.rows * a.s.nodes > 0)
-    launch(kernel, pieces(a.s.rows * a.s.nodes, THREADS), THREADS, a.nodes(), Upstream<T>{grad, a.s}, a.v, a.w, of_row, a.s);
+    launch(kernel, pieces(a.s.rows * a.s.nodes, THREADS), THREADS, a.nodes(), Upstream<T>{grad, a.s}, a.v, a.w, of_row,
+           a.s);
   int64_t size = a.z_rows * a.s.nodes, rows = a.z_rows == 1 ? a.s.rows : 1;
   if (size) launch(add_rows_kernel<T>, pieces(size, THREADS), THREADS, of_row, dz, rows, size);
 }
@@ -470,15 +500,19 @@ template <class T, class L> void launch_spectrum(L launch, Dplr a, Complex<T>* s
   if (!s.rows || !s.numerators) return;
   by_count(s.numerators, [&](auto n) {
     constexpr int R = decltype(n)::value;
-    launch(spectrum_kernel<T, R>, Place::blocks(s, R), THREADS, nodes, a.v, a.w, sums, a.fused() ? spectrum : nullptr, ends, s);
+    launch(spectrum_kernel<T, R>, Place::blocks(s, R), THREADS, nodes, a.v, a.w, sums, a.fused() ? spectrum : nullptr,
+           ends, s);
   });
   int64_t total = a.H * (a.I - 1) * (a.J - 1) * (a.length / 2 + 1);
-  if (!a.fused() && total) launch(woodbury_kernel<T>, pieces(total, THREADS), THREADS, nodes, sums, ends, spectrum, a.I, a.J, total);
+  if (!a.fused() && total)
+    launch(woodbury_kernel<T>, pieces(total, THREADS), THREADS, nodes, sums, ends, spectrum, a.I, a.J, total);
 }
 
 template <class T, class L>
-void launch_spectrum_backward(L launch, Dplr a, const Complex<T>* grad, const Complex<T>* sums, double* partial, Complex<double>* dv, Complex<double>* dw) {
-  launch_gradients<true, T>(launch, RootsOfUnity<T>{a.length}, ThroughWoodbury<T>{grad, sums, int(a.I), int(a.J), a.length}, a.v, a.w, partial, dv, dw, a.shape());
+void launch_spectrum_backward(L launch, Dplr a, const Complex<T>* grad, const Complex<T>* sums, double* partial,
+                              Complex<double>* dv, Complex<double>* dw) {
+  ThroughWoodbury<T> upstream = {grad, sums, int(a.I), int(a.J), a.length};
+  launch_gradients<true, T>(launch, RootsOfUnity<T>{a.length}, upstream, a.v, a.w, partial, dv, dw, a.shape());
 }
 
 }}  // namespace s4nb::S4NB_ISA

@@ -1,6 +1,7 @@
 // The CUDA kernels of s4nb and how they are launched, on raw memory and without torch: cuda.cu makes ops of them, and
-// tests/cuda_emulator.cpp runs the same text on a CPU. Every function that launches takes `launch(kernel, blocks, threads,
-// arguments...)`. Grids have one dimension, so no size is limited to 65535. Nothing is summed by atomics: reruns agree bitwise.
+// tests/cuda_emulator.cpp runs the same text on a CPU. Every function that launches takes `launch(kernel, blocks,
+// threads, arguments...)`. Grids have one dimension, so no size is limited to 65535. Nothing is summed by atomics:
+// reruns agree bitwise.
 #pragma once
 #include <cstdint>
 

@@ -4,9 +4,9 @@
 
 namespace s4nb { namespace S4NB_ISA {
 
-// ---- Sums of powers --------------------------------------------------------------------------------------------------
-// l = k SIDE + j: e^{xl} = giant_k baby_j, tables of SIDE entries for 32 modes at a time, by chains of products in double
-// from two exponentials for each mode and block. A block of 256 threads sees SIDE^2 positions.
+// ---- Sums of powers ------------------------------------------------------------------------------------------------
+// l = k SIDE + j: e^{xl} = giant_k baby_j, tables of SIDE entries for 32 modes at a time, by chains of products in
+// double from two exponentials for each mode and block. A block of 256 threads sees SIDE^2 positions.
 constexpr int POWER_THREADS = 256, SEGMENTS = POWER_THREADS / WARP;
 template <class T> constexpr int SIDE = sizeof(T) == 4 ? 64 : 32;
 
@@ -23,24 +23,27 @@ __device__ inline Complex<double> power(Complex<double> z, int n) {
 }
 
 // e^x and e^{x start} of 32 modes; beyond the last mode zeros, so that they add nothing.
-__device__ inline void two_exponentials(Complex<double> (&table)[2][WARP], const Complex<double>* x, int64_t first, int64_t modes, int64_t start) {
+__device__ inline void two_exponentials(Complex<double> (&table)[2][WARP], const Complex<double>* x, int64_t first,
+                                        int64_t modes, int64_t start) {
   if (threadIdx.x < 2 * WARP) {
     int m = threadIdx.x % WARP, which = threadIdx.x / WARP;
-    table[which][m] = first + m < modes ? exponential(x[first + m], which ? double(start) : 1.0) : Complex<double>{0, 0};
+    table[which][m] =
+        first + m < modes ? exponential(x[first + m], which ? double(start) : 1.0) : Complex<double>{0, 0};
   }
 }
 
 template <class T, bool REAL> struct Output { using type = T; };
 template <class T> struct Output<T, false> { using type = Complex<T>; };
 
-template <bool REAL, class T>
-__global__ void __launch_bounds__(POWER_THREADS) vandermonde_kernel(const Complex<T>* v, const Complex<double>* x, typename Output<T, REAL>::type* out,
-                                                                    int64_t numerators, int64_t modes, int64_t L) {
+template <bool REAL, class T> __global__ void __launch_bounds__(POWER_THREADS)
+    vandermonde_kernel(const Complex<T>* v, const Complex<double>* x, typename Output<T, REAL>::type* out,
+                       int64_t numerators, int64_t modes, int64_t L) {
   constexpr int N = SIDE<T>, TILE = N / 16, PAD = 8, WIDE = 16 / int(sizeof(Complex<T>));  // WIDE: numbers in 16 bytes
   __shared__ Complex<double> of_mode[2][WARP];
   __shared__ __align__(16) Complex<T> baby[WARP][N + PAD], giant[WARP][N + PAD];
   const int t = threadIdx.x, left = t / 16 * TILE, right = t % 16;
-  const int64_t tiles = pieces(L, N * N), start = blockIdx.x % tiles * (N * N), row = blockIdx.x / tiles;  // row: (b, r)
+  const int64_t tiles = pieces(L, N * N), start = blockIdx.x % tiles * (N * N),
+                row = blockIdx.x / tiles;  // row: (b, r)
   const int64_t last = least(N * N, L - start);
   v += row * modes;
   x += row / numerators * modes;
@@ -91,11 +94,11 @@ __global__ void __launch_bounds__(POWER_THREADS) vandermonde_kernel(const Comple
     }
 }
 
-// The transpose: block = (row, chunk of SIDE giants, 32 modes); a thread owns a mode and SIDE / 8 giants (half as many for
-// complex u). MOMENTS: also sum_l l u_l e^{xl}. With one chunk the result is written, else one double pair for each chunk.
-template <bool REAL, bool MOMENTS, class T>
-__global__ void __launch_bounds__(POWER_THREADS) power_sums_kernel(const typename Output<T, REAL>::type* u, const Complex<double>* x, Complex<T>* out,
-                                                                   Complex<T>* second, Complex<double>* partial, int64_t numerators, int64_t modes, int64_t L) {
+// The transpose: block = (row, chunk of SIDE giants, 32 modes); a thread owns a mode and SIDE / 8 giants (half as many
+// for complex u). MOMENTS: also sum_l l u_l e^{xl}. One chunk: the result is written; several: a pair of doubles each.
+template <bool REAL, bool MOMENTS, class T> __global__ void __launch_bounds__(POWER_THREADS)
+    power_sums_kernel(const typename Output<T, REAL>::type* u, const Complex<double>* x, Complex<T>* out,
+                      Complex<T>* second, Complex<double>* partial, int64_t numerators, int64_t modes, int64_t L) {
   constexpr int N = SIDE<T>, GIANTS = REAL ? N : N / 2, MINE = GIANTS / SEGMENTS;
   using U = typename Output<T, REAL>::type;
   __shared__ Complex<double> of_mode[2][WARP];
@@ -109,7 +112,8 @@ __global__ void __launch_bounds__(POWER_THREADS) power_sums_kernel(const typenam
   two_exponentials(of_mode, x + row / numerators * modes, first, modes, start);
   for (int i = t; i < GIANTS * N; i += POWER_THREADS) input[i / N][i % N] = i < last ? u[row * L + start + i] : U{};
   __syncthreads();
-  Complex<double> z = of_mode[0][lane], leap = power(z, SEGMENTS), side = power(leap, N / SEGMENTS), entry = power(z, segment);
+  Complex<double> z = of_mode[0][lane], leap = power(z, SEGMENTS), side = power(leap, N / SEGMENTS),
+                  entry = power(z, segment);
   for (int j = segment; j < N; j += SEGMENTS, entry = entry * leap) baby[j][lane] = cast<T>(entry);
   __syncthreads();
   Complex<T> sum[MINE] = {}, moment[MINE] = {};
@@ -153,9 +157,9 @@ __global__ void __launch_bounds__(POWER_THREADS) power_sums_kernel(const typenam
   else partial[(cell * (1 + MOMENTS) + segment) * modes + first + lane] = total;
 }
 
-template <class T>
-__global__ void __launch_bounds__(THREADS) add_chunks_kernel(const Complex<double>* partial, Complex<T>* out, Complex<T>* second, int64_t chunks,
-                                                             int64_t modes, int64_t total, int64_t kinds) {
+template <class T> __global__ void __launch_bounds__(THREADS)
+    add_chunks_kernel(const Complex<double>* partial, Complex<T>* out, Complex<T>* second, int64_t chunks,
+                      int64_t modes, int64_t total, int64_t kinds) {
   int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x, row = index / modes, m = index % modes;
   if (index >= total) return;
   for (int64_t kind = 0; kind < kinds; kind++) {
@@ -165,10 +169,18 @@ __global__ void __launch_bounds__(THREADS) add_chunks_kernel(const Complex<doubl
   }
 }
 
-// ---- One step of a state space model: a warp for each (b, h) ---------------------------------------------------------
-template <class T> struct Step { const Complex<T>* C; const T* u; const Complex<T>* state; T* y; Complex<T>* next; int64_t batch, H, M, channels, rank; };
+// ---- One step of a state space model: a warp for each (b, h) -------------------------------------------------------
+template <class T> struct Step {
+  const Complex<T>* C;
+  const T* u;
+  const Complex<T>* state;
+  T* y;
+  Complex<T>* next;
+  int64_t batch, H, M, channels, rank;
+};
 
-template <class T, class F> __device__ void read_out(const Step<T>& p, int64_t b, int64_t h, F state) {  // y = 2 Re sum_m C s
+template <class T, class F>
+__device__ void read_out(const Step<T>& p, int64_t b, int64_t h, F state) {  // y = 2 Re sum_m C s
   for (int64_t c = 0; c < p.channels; c++) {
     T sum = 0;
     for (int64_t m = threadIdx.x % WARP; m < p.M; m += WARP) {
@@ -180,7 +192,8 @@ template <class T, class F> __device__ void read_out(const Step<T>& p, int64_t b
   }
 }
 
-template <class T> __global__ void __launch_bounds__(THREADS) diag_step_kernel(Step<T> p, const Complex<T>* A, const Complex<T>* B) {
+template <class T> __global__ void __launch_bounds__(THREADS)
+    diag_step_kernel(Step<T> p, const Complex<T>* A, const Complex<T>* B) {
   int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / WARP, b = row / p.H, h = row % p.H;
   if (b >= p.batch) return;
   for (int64_t m = threadIdx.x % WARP; m < p.M; m += WARP) {
@@ -190,10 +203,11 @@ template <class T> __global__ void __launch_bounds__(THREADS) diag_step_kernel(S
   read_out(p, b, h, [&](int64_t m) { return p.next[row * p.M + m]; });
 }
 
-// x = E s - P (P^* s) + 2B u, next = D (x - P (Q x)); x is kept apart (as it may be: rank 1 reads each entry before it changes).
-template <class T>
-__global__ void __launch_bounds__(THREADS) dplr_step_kernel(Step<T> p, const Complex<T>* D, const Complex<T>* E, const Complex<T>* P, const Complex<T>* Q,
-                                                            const Complex<T>* B2, Complex<T>* x) {
+// x = E s - P (P^* s) + 2B u, next = D (x - P (Q x)). x has memory of its own, except for rank 1 at most: then all of x
+// has been read before next, in its place, changes.
+template <class T> __global__ void __launch_bounds__(THREADS)
+    dplr_step_kernel(Step<T> p, const Complex<T>* D, const Complex<T>* E, const Complex<T>* P, const Complex<T>* Q,
+                     const Complex<T>* B2, Complex<T>* x) {
   int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / WARP, b = row / p.H, h = row % p.H;
   if (b >= p.batch) return;
   const int lane = threadIdx.x % WARP;
@@ -229,23 +243,29 @@ __global__ void __launch_bounds__(THREADS) dplr_step_kernel(Step<T> p, const Com
   read_out(p, b, h, [&](int64_t m) { return p.next[at + m]; });
 }
 
-// ---- Launches -------------------------------------------------------------------------------------------------------
+// ---- Launches -----------------------------------------------------------------------------------------------------
 template <bool REAL, class T, class L>
-void launch_vandermonde(L launch, const Complex<T>* v, const Complex<double>* x, typename Output<T, REAL>::type* out, int64_t B, int64_t R, int64_t M, int64_t length) {
-  if (B * R * length > 0) launch(vandermonde_kernel<REAL, T>, B * R * pieces(length, SIDE<T> * SIDE<T>), POWER_THREADS, v, x, out, R, M, length);
+void launch_vandermonde(L launch, const Complex<T>* v, const Complex<double>* x, typename Output<T, REAL>::type* out,
+                        int64_t B, int64_t R, int64_t M, int64_t length) {
+  int64_t blocks = B * R * pieces(length, SIDE<T> * SIDE<T>);
+  if (blocks) launch(vandermonde_kernel<REAL, T>, blocks, POWER_THREADS, v, x, out, R, M, length);
 }
 
-template <bool REAL, class T> int64_t power_chunks(int64_t length) { return pieces(length, SIDE<T> * SIDE<T> / (REAL ? 1 : 2)); }
+template <bool REAL, class T> int64_t power_chunks(int64_t length) {
+  return pieces(length, SIDE<T> * SIDE<T> / (REAL ? 1 : 2));
+}
 
 // partial: (B R, chunks, 1 or 2, M) unless there is one chunk; second: null, or the moments
 template <bool REAL, class T, class L>
-void launch_power_sums(L launch, const typename Output<T, REAL>::type* u, const Complex<double>* x, Complex<T>* out, Complex<T>* second,
-                       Complex<double>* partial, int64_t B, int64_t R, int64_t M, int64_t length) {
+void launch_power_sums(L launch, const typename Output<T, REAL>::type* u, const Complex<double>* x, Complex<T>* out,
+                       Complex<T>* second, Complex<double>* partial, int64_t B, int64_t R, int64_t M, int64_t length) {
   int64_t chunks = power_chunks<REAL, T>(length), total = B * R * M;
   if (!total) return;
   auto kernel = second ? power_sums_kernel<REAL, true, T> : power_sums_kernel<REAL, false, T>;
   if (chunks) launch(kernel, B * R * chunks * pieces(M, WARP), POWER_THREADS, u, x, out, second, partial, R, M, length);
-  if (chunks != 1) launch(add_chunks_kernel<T>, pieces(total, THREADS), THREADS, partial, out, second, chunks, M, total, int64_t(second ? 2 : 1));
+  if (chunks != 1)
+    launch(add_chunks_kernel<T>, pieces(total, THREADS), THREADS, partial, out, second, chunks, M, total,
+           int64_t(second ? 2 : 1));
 }
 
 template <class T> int64_t step_blocks(const Step<T>& p) { return pieces(p.batch * p.H * WARP, THREADS); }
@@ -256,7 +276,8 @@ template <class T, class L> void launch_diag_step(L launch, Step<T> p, const Com
 
 // x: the state's size, or p.next when the rank is 1 at most
 template <class T, class L>
-void launch_dplr_step(L launch, Step<T> p, const Complex<T>* D, const Complex<T>* E, const Complex<T>* P, const Complex<T>* Q, const Complex<T>* B2, Complex<T>* x) {
+void launch_dplr_step(L launch, Step<T> p, const Complex<T>* D, const Complex<T>* E, const Complex<T>* P,
+                      const Complex<T>* Q, const Complex<T>* B2, Complex<T>* x) {
   if (p.batch * p.H > 0) launch(dplr_step_kernel<T>, step_blocks(p), THREADS, p, D, E, P, Q, B2, x);
 }
 

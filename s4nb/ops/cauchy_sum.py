@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'OPS', 'PREFERENCE', 'HINTS', 'full_precision', 'cauchy_tile
            'CauchySum', 'as_rows', 'cauchy_torch', 'PowerSum', 'cauchy_keops', 'cauchy_native', 'cauchy_triton', 'Op',
            'cauchy_examples', 'trial', 'usable', 'backends', 'choose', 'pick', 'common_dtype', 'cauchy']
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #2ee33f83
+# %% ../../nbs/3_s4/13_cauchy.ipynb #97558df2
 import math
 import os
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..module import one_of
-from .native import load, ops, plain
+from .native import load, ops, plain, traced_once
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #a2151907
 @contextmanager
@@ -228,8 +228,8 @@ def backends(device=None):
         return "ok" if "ok" in on else "; ".join(on)
     return {name: {b: state(name, b) for b in op.backends} for name, op in OPS.items()}
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #0f375ec4
-@torch.compiler.assume_constant_result                       # torch.compile asks once, while it traces
+# %% ../../nbs/3_s4/13_cauchy.ipynb #120ae1d1
+@traced_once
 def choose(op, backend, device, dtype):
     "The name of the backend to use (argument, else S4NB_BACKEND): that one or an error; no name: the first usable."
     table, name = OPS[op].backends, backend or os.environ.get("S4NB_BACKEND")

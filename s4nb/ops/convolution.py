@@ -29,12 +29,23 @@ def _circle(K, K_back, D, n, offset):
     for x in present: G[..., 0] += x
     return G
 
-# %% ../../nbs/2_lssl/07_convolution.ipynb #898cda9a
+# %% ../../nbs/2_lssl/07_convolution.ipynb #155da133
+def _whole(x): return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
 def _rows(u, G):
-    "Slices of the batch whose circles fit into a cache; on a GPU, and when compiling, all of it."
-    whole = u.device.type != "cpu" or torch.compiler.is_compiling()
-    size = len(u) if whole else 2**18 // G.numel()
-    return [slice(i, i + max(1, size)) for i in range(0, len(u), max(1, size))]
+    "Slices of the batch whose circles fit into a cache; on a GPU, or when compiling, all of it."
+    size = max(1, len(u) if _whole(u) else 2**18 // G.numel())
+    return [slice(i, i + size) for i in range(0, len(u), size)]
+
+
+def _spectrum(x, n):
+    "rfft of x (… l) with zeros up to n points; a transposed view is read in pieces that a cache can hold."
+    if x.stride(-1) == 1 or _whole(x): return rfft(x, n)
+    padded = x.new_zeros(*x.shape[:-1], n)
+    valid = padded[..., :x.shape[-1]]
+    for t in range(0, x.shape[-1], 1024): valid[..., t:t + 1024] = x[..., t:t + 1024]
+    return rfft(padded)
 
 
 def _empty_output(u, c):
@@ -42,7 +53,7 @@ def _empty_output(u, c):
     b, h, l = u.shape
     return u.new_empty(b, l, c, h).permute(0, 2, 3, 1) if u.stride(1) < u.stride(2) else u.new_empty(b, c, h, l)
 
-# %% ../../nbs/2_lssl/07_convolution.ipynb #0c504f35
+# %% ../../nbs/2_lssl/07_convolution.ipynb #cf84afb9
 def _sum(x, dim): return x.squeeze(dim) if x.shape[dim] == 1 else x.sum(dim)      # a sum of one term needs no copy
 
 
@@ -52,7 +63,7 @@ class CircularConv(torch.autograd.Function):
     def forward(u, G):
         l, n, y, G_f = u.shape[-1], G.shape[-1], _empty_output(u, len(G)), rfft(G)
         for r in _rows(u, G):
-            u_f = rfft(u[r], n)[:, None]
+            u_f = _spectrum(u[r], n)[:, None]
             y[r] = irfft(u_f.mul_(G_f) if len(G) == 1 else u_f * G_f, n)[..., :l]
         return y
 
@@ -66,8 +77,8 @@ class CircularConv(torch.autograd.Function):
         du = torch.empty_like(u) if ctx.needs_input_grad[0] else None
         dG_f = torch.zeros_like(G_f) if ctx.needs_input_grad[1] else None
         for r in _rows(u, G):
-            g_f = rfft(g[r], n)
-            if dG_f is not None: dG_f += _sum(rfft(u[r], n).conj_physical_()[:, None] * g_f, 0)
+            g_f = _spectrum(g[r], n)
+            if dG_f is not None: dG_f += _sum(_spectrum(u[r], n).conj_physical_()[:, None] * g_f, 0)
             if du is not None: du[r] = irfft(_sum(g_f * G_f, 1), n)[..., :l]
         return du, None if dG_f is None else irfft(dG_f, n)
 

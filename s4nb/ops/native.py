@@ -21,6 +21,12 @@ for schema in SCHEMAS.strip().splitlines():
 ops = torch.ops.s4nb
 
 
+def traced_once(f):
+    "What torch.compiler.assume_constant_result does, which would import the whole compiler: f is called while tracing."
+    f._dynamo_marked_constant = True
+    return f
+
+
 @cache
 def loaded(device):
     "The path of the library of a device type, loaded."
@@ -30,7 +36,7 @@ def loaded(device):
     return str(path)
 
 
-@torch.compiler.assume_constant_result
+@traced_once
 def load(device):
     "Load the library of device type cpu or cuda, once; RuntimeError: why there is none, and what to do."
     return loaded(device)
@@ -46,6 +52,7 @@ def differentiated(literal, inputs, grads):
     again, wanted = torch.is_grad_enabled(), [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     with torch.enable_grad(): outputs = literal(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None]
+    if not pairs: return (None,) * len(inputs)
     found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=again))
     return tuple(next(found) if isinstance(x, torch.Tensor) and x.requires_grad else None for x in inputs)
 
@@ -163,7 +170,7 @@ def power_sums_setup(ctx, inputs, output):
 
 def power_sums_backward(ctx, grad, grad_moments):
     u, x = ctx.saved_tensors
-    if torch.is_grad_enabled() or grad_moments is not None:
+    if torch.is_grad_enabled() or grad is None or grad_moments is not None:
         return differentiated(literal_power_sums, (u, x, ctx.moments), (grad, grad_moments))
     du = dx = None
     if ctx.needs_input_grad[0]:

@@ -42,7 +42,7 @@ def total(partial):
 
 
 def keep(ctx, inputs, output):
-    "What a backward needs: the tensors, and conj, the last argument."
+    "What a backward needs: the tensors, and conj where it is the last argument."
     ctx.save_for_backward(*(t for t in inputs if isinstance(t, torch.Tensor)))
     ctx.conj = inputs[-1]
 
@@ -85,7 +85,7 @@ def cauchy_kernel(v, z, w, out, z_rows, R, L, M, CONJ: tl.constexpr, POWER: tl.c
     b = (i // tiles // groups).to(tl.int64)
     r = (i // tiles % groups * BR + tl.arange(0, BR))[:, None]
     part = 2 * BL * (i % tiles).to(tl.int64) + tl.arange(0, 2 * BL)[None, :]         # re, im, re, im, ... of the nodes
-    zr, zi = tl.split(tl.reshape(tl.load(z + 2 * (b % z_rows * L) + part, part < 2 * L, 1), (1, BL, 2)))
+    zr, zi = tl.split(tl.reshape(tl.load(z + 2 * (b % z_rows * L) + part, part < 2 * L, 0), (1, BL, 2)))
     v += 2 * (b * R + r) * M
     w += 2 * b * M
     pr = tl.zeros((BR, BL), out.dtype.element_ty)
@@ -121,7 +121,7 @@ def cauchy_grads_kernel(g, v, z, w, dv, dw, z_rows, B, R, L, M, CONJ: tl.constex
     h1, e1 = h0, e0
     for tile in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, L), BL):
         part = 2 * tile + tl.arange(0, 2 * BL)[None, None, :]
-        zr, zi = tl.split(tl.reshape(tl.load(z + 2 * (b % z_rows * L) + part, part < 2 * L, 1), (1, 1, BL, 2)))
+        zr, zi = tl.split(tl.reshape(tl.load(z + 2 * (b % z_rows * L) + part, part < 2 * L, 0), (1, 1, BL, 2)))
         k = tl.load(g + 2 * ((b * R + r) * L) + part, (r < R) & (part < 2 * L), 0)
         kr, ki = tl.split(tl.reshape(k, (BR, 1, BL, 2)))
         ki = -ki
@@ -322,30 +322,29 @@ def vandermonde_backward(ctx, g):
     return scale * sums.conj(), dx, None, None
 
 
-def keep_power_sums(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.length, ctx.real = inputs[0].shape[-1], not inputs[0].is_complex()
-    ctx.save_for_backward(inputs[1], output[1])
+def power_sums_backward(ctx, g, g_moments):
+    u, x = ctx.saved_tensors
+    l, real = torch.arange(u.shape[-1], device=u.device), not u.is_complex()
 
+    def grads(g, u):
+        du = vandermonde_triton(g.conj() / (2 if real else 1), x, len(l), real).conj()
+        return du, (g * power_sums(u, x, True)[1].conj()).sum(1).to(x.dtype)
 
-def power_sums_backward(ctx, g, of_moments):
-    if of_moments is not None:
-        raise RuntimeError("Triton gives no second derivative with respect to x; name backend='torch'")
-    (x, moments), du, dx = ctx.saved_tensors, None, None
-    if ctx.needs_input_grad[0]:
-        du = vandermonde_triton(g.conj() / (2 if ctx.real else 1), x, ctx.length, ctx.real).conj()
-    if ctx.needs_input_grad[1]: dx = (g.conj() * moments).conj().sum(1).to(x.dtype)
+    du, dx = grads(g, u)
+    if g_moments.shape[-1]:                                           # the moments of u are the sums of l u
+        of_lu, more = grads(g_moments, l * u)
+        du, dx = du + l * of_lu, dx + more
     return du, dx, None
 
 
 vandermonde_triton.register_autograd(vandermonde_backward, setup_context=keep)
 vandermonde_triton.register_fake(lambda v, x, L, conj=True: v.new_empty(
     *v.shape[:2], L, dtype=v.dtype.to_real() if conj else v.dtype))
-power_sums.register_autograd(power_sums_backward, setup_context=keep_power_sums)
+power_sums.register_autograd(power_sums_backward, setup_context=keep)
 power_sums.register_fake(lambda u, x, moments: tuple(
     u.new_empty(*u.shape[:2], m, dtype=u.dtype.to_complex()) for m in (x.shape[-1], x.shape[-1] if moments else 0)))
 
 
 def power_sums_triton(u, x):
     "sum_l u_l e^(x_m l) by Triton: u (b r l) real or complex, x (b m) -> complex (b r m) in u's precision."
-    return power_sums(u, x, torch.is_grad_enabled() and x.requires_grad)[0]
+    return power_sums(u, x, False)[0]
