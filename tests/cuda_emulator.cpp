@@ -47,29 +47,29 @@ void enter() {
   wait(DONE, 0);
 }
 
-// Threads that wait for others may go on once all of them are there: the block's at one and the same line, or the
-// warp's.
-bool release(int threads) {
-  bool all = true, any = false, moved = false;
+// A warp runs as far as it can, shuffles included, before the next one starts: warps get as far apart as may be.
+void run_warp(int first) {
+  for (bool together = true; together;) {
+    for (int i = 0; i < WARP; i++) {
+      thread.x = first + (backwards ? WARP - 1 - i : i);
+      if (fibers[thread.x].state == RUNNING) swapcontext(&scheduler, &fibers[thread.x].context);
+    }
+    for (int i = 0; i < WARP; i++) together = together && fibers[first + i].state == IN_SHUFFLE;
+    for (int i = 0; together && i < WARP; i++) fibers[first + i].state = RUNNING;
+  }
+}
+
+// Threads that wait at a barrier go on once all that have not ended are there, at one and the same line.
+void release(int threads) {
   int line = 0;
   for (int t = 0; t < threads; t++) {
-    State s = fibers[t].state;
-    all = all && (s == DONE || s == AT_BARRIER);
-    if (s == AT_BARRIER) {
-      if (any && fibers[t].line != line) throw std::runtime_error("threads of a block wait at different barriers");
-      any = true;
-      line = fibers[t].line;
-    }
+    if (fibers[t].state == DONE) continue;
+    if (fibers[t].state != AT_BARRIER) throw std::runtime_error("threads wait for others that never come");
+    if (line && fibers[t].line != line) throw std::runtime_error("threads of a block wait at different barriers");
+    line = fibers[t].line;
   }
-  for (int t = 0; t < threads; t++) {
-    if (all && fibers[t].state == AT_BARRIER) { fibers[t].state = RUNNING; moved = true; }
-    if (t % WARP == 0 && fibers[t].state == IN_SHUFFLE) {
-      bool together = true;
-      for (int i = t; i < t + WARP; i++) together = together && fibers[i].state == IN_SHUFFLE;
-      for (int i = t; together && i < t + WARP; i++) { fibers[i].state = RUNNING; moved = true; }
-    }
-  }
-  return moved;
+  for (int t = 0; t < threads; t++)
+    if (fibers[t].state == AT_BARRIER) fibers[t].state = RUNNING;
 }
 
 void run_block(int threads) {
@@ -82,14 +82,11 @@ void run_block(int threads) {
     f.state = RUNNING;
     f.turn = 0;
   }
-  for (int alive = threads; alive;) {
-    alive = 0;
-    for (int i = 0; i < threads; i++) {
-      thread.x = backwards ? threads - 1 - i : i;
-      if (fibers[thread.x].state == RUNNING) swapcontext(&scheduler, &fibers[thread.x].context);
-      alive += fibers[thread.x].state != DONE;
-    }
-    if (alive && !release(threads)) throw std::runtime_error("threads wait for others that never come");
+  for (bool alive = true; alive;) {
+    for (int w = 0; w < threads; w += WARP) run_warp(backwards ? threads - WARP - w : w);
+    alive = false;
+    for (int t = 0; t < threads; t++) alive = alive || fibers[t].state != DONE;
+    if (alive) release(threads);
   }
 }
 
