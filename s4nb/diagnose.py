@@ -11,7 +11,7 @@ import textwrap
 
 import torch
 
-from . import build
+import s4nb.build as build
 from .ops.cauchy_sum import PREFERENCE, backends
 
 OPTIONAL = {"pykeops": "keops", "triton": "", "lightning": "train", "hydra-core": "train", "torchvision": "train",
