@@ -82,13 +82,14 @@ class CircularConv(torch.autograd.Function):
             if du is not None: du[r] = irfft(_sum(g_f * G_f, 1), n)[..., :l]
         return du, None if dG_f is None else irfft(dG_f, n)
 
-# %% ../../nbs/2_lssl/07_convolution.ipynb #eed72d4d
-SHORT, MANY = {"cpu": 128, "cuda": 256}, 32    # measured (results/long_conv); cuda: an estimate
+# %% ../../nbs/2_lssl/07_convolution.ipynb #d1e56b33
+SHORT, MANY = {"cpu": 64, "cuda": 256}, 64    # measured (results/long_conv); cuda: an estimate
 
 
-def _use_toeplitz(b, l, device):
-    "Whether a Toeplitz matrix beats FFTs: for short sequences, if the batch shares the cost of making it."
-    return l <= SHORT.get(device.type, 128) and b >= MANY
+def _use_toeplitz(u):
+    "Whether a Toeplitz matrix beats FFTs: u (b h l) short, many rows to share it, and on a CPU all within the cache."
+    fits = u.device.type != "cpu" or u.numel() <= 2**18
+    return len(u) >= MANY and u.shape[-1] <= SHORT.get(u.device.type, 0) and fits
 
 
 def _toeplitz_conv(u, G):
@@ -97,7 +98,7 @@ def _toeplitz_conv(u, G):
     lags = G.roll(l - 1, -1)[..., :-1]                             # from 1 - l to l - 1
     return torch.einsum("chts,bhs->bcht", lags.unfold(-1, l, 1), u.flip(-1))
 
-# %% ../../nbs/2_lssl/07_convolution.ipynb #fe97c603
+# %% ../../nbs/2_lssl/07_convolution.ipynb #d1da5ffa
 def long_conv(u, K, K_back=None, offset=1, D=None):
     """Causal convolution y_t = D u_t + sum_j K_j u_{t-j}, and with K_back also + sum_j K_back_j u_{t+offset+j}.
 
@@ -111,12 +112,11 @@ def long_conv(u, K, K_back=None, offset=1, D=None):
     if D is not None and D.shape != K.shape[:2]:
         raise ValueError(f"D {tuple(D.shape)} must match K {tuple(K.shape)} in its first two dimensions")
     if offset not in (0, 1): raise ValueError(f"offset must be 1 (the future) or 0 (and the present), got {offset}")
-    b, _, l = u.shape
+    l, toeplitz = u.shape[-1], _use_toeplitz(u)
     dtype = torch.promote_types(torch.promote_types(u.dtype, K.dtype), torch.float32)
     K, D = K[..., :l].to(dtype), None if D is None else D.to(dtype)
     K_back = None if K_back is None else K_back[..., :l - offset].to(dtype)
     reach = max(K.shape[-1], 1 if K_back is None else K_back.shape[-1] + offset) - 1
-    toeplitz = _use_toeplitz(b, l, u.device)
     with torch.autocast(u.device.type, enabled=False):
         G = _circle(K, K_back, D, 2 * l if toeplitz else fast_length(l + reach), offset)
         return (_toeplitz_conv if toeplitz else CircularConv.apply)(u.to(dtype), G).to(u.dtype)
