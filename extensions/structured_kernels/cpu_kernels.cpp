@@ -154,6 +154,14 @@ template <class T> bool finite(const T* x, int64_t n) {
   return bad == 0;
 }
 
+// Off the imaginary axis, z sum a u - sum b u cancels next to a pole that is nearly real: such rows are summed in double.
+template <class T> bool nearly_real(const CauchyArgs<T>& a, int64_t b) {
+  if (sizeof(T) > 4 || !a.pairs || a.imaginary) return false;
+  const T* w = a.w + 2 * b * a.M;
+  for (int64_t m = 0; m < a.M; m++) if (fabs(double(w[2 * m])) > 4 * fabs(double(w[2 * m + 1]))) return true;
+  return false;
+}
+
 template <class T> bool finite_tile(const T* out, int64_t R, int64_t n) {
   for (int64_t i = 0; i < 2 * R; i++) if (!finite(out + i * TILE, n)) return false;
   return true;
@@ -176,12 +184,13 @@ template <class T, bool PAIRS, bool IMAGINARY> void cauchy_row(const CauchyArgs<
   Memory<T> out(2 * a.R * TILE);
   const T *v = a.v + 2 * b * a.R * a.M, *w = a.w + 2 * b * a.M, *nodes = a.z + (a.Z == 1 ? 0 : 2 * b * a.L);
   row.template fill<PAIRS>(v, w);
+  const bool wide = nearly_real(a, b);
   for (int64_t l = begin; l < end; l += TILE) {
     int64_t last = least(l + TILE, end);
     z.fill(nodes, l, last);
-    sum_tile<T, PAIRS, IMAGINARY>(z, row, out);
+    if (!wide) sum_tile<T, PAIRS, IMAGINARY>(z, row, out);
     if constexpr (sizeof(T) == 4)
-      if (!finite_tile(out.p, a.R, z.n))
+      if (wide || !finite_tile(out.p, a.R, z.n))
         again_in_double<PAIRS, IMAGINARY>([&](auto& wide_row, auto& wide_z) {
           wide_row.template fill<PAIRS>(v, w);
           wide_z.fill(nodes, l, last);
@@ -275,9 +284,10 @@ void collect_row(const CauchyArgs<IO>& a, int64_t b, int64_t begin, int64_t end,
 
 template <class T, bool PAIRS, bool IMAGINARY>
 void collect(const CauchyArgs<T>& a, int64_t b, int64_t begin, int64_t end, double* sums) {
-  collect_row<T, T, PAIRS, IMAGINARY>(a, b, begin, end, sums);
+  const bool wide = nearly_real(a, b);
+  if (!wide) collect_row<T, T, PAIRS, IMAGINARY>(a, b, begin, end, sums);
   if constexpr (sizeof(T) == 4)
-    if (!finite(sums, a.M * (2 * a.R + 2))) collect_row<double, T, PAIRS, IMAGINARY>(a, b, begin, end, sums);
+    if (wide || !finite(sums, a.M * (2 * a.R + 2))) collect_row<double, T, PAIRS, IMAGINARY>(a, b, begin, end, sums);
 }
 
 template <class T> void cauchy_collect(const CauchyArgs<T>& a, int64_t b, int64_t begin, int64_t end, double* sums) {

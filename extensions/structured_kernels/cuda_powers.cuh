@@ -11,6 +11,7 @@ constexpr int POWER_THREADS = 256, SEGMENTS = POWER_THREADS / WARP;
 template <class T> constexpr int SIDE = sizeof(T) == 4 ? 64 : 32;
 
 __device__ inline Complex<double> exponential(Complex<double> x, double n) {
+  if (n == 0) return {1, 0};  // for an infinite x, too
   double size = exp(x.re * n), s, c;
   sincos(x.im * n, &s, &c);
   return {size * c, size * s};
@@ -51,7 +52,7 @@ template <bool REAL, class T> __global__ void __launch_bounds__(POWER_THREADS)
   Complex<T> sum[TILE][TILE] = {};
   for (int64_t first = 0; first < modes; first += WARP) {
     two_exponentials(of_mode, x, first, modes, start);
-    __syncthreads();
+    __syncthreads();  // and the tables of the modes before have been used
     {
       const int m = t / SEGMENTS, s = t % SEGMENTS;
       Complex<double> z = of_mode[0][m], V = {0, 0};
@@ -80,7 +81,6 @@ template <bool REAL, class T> __global__ void __launch_bounds__(POWER_THREADS)
             if constexpr (!REAL) { sum[i][j].im += a[i].re * b[j].im; sum[i][j].im += a[i].im * b[j].re; }
           }
       }
-    __syncthreads();
   }
 #pragma unroll
   for (int i = 0; i < TILE; i++)
@@ -114,7 +114,8 @@ template <bool REAL, bool MOMENTS, class T> __global__ void __launch_bounds__(PO
   __syncthreads();
   Complex<double> z = of_mode[0][lane], leap = power(z, SEGMENTS), side = power(leap, N / SEGMENTS),
                   entry = power(z, segment);
-  for (int j = segment; j < N; j += SEGMENTS, entry = entry * leap) baby[j][lane] = cast<T>(entry);
+  for (int j = segment; j < N; j += SEGMENTS, entry = entry * leap)  // powers beyond the last position may be infinite
+    baby[j][lane] = j < last ? cast<T>(entry) : Complex<T>{0, 0};
   __syncthreads();
   Complex<T> sum[MINE] = {}, moment[MINE] = {};
   if (segment * MINE * N < last)
@@ -140,6 +141,7 @@ template <bool REAL, bool MOMENTS, class T> __global__ void __launch_bounds__(PO
   Complex<double> total = {0, 0}, weighted = {0, 0}, giant = of_mode[1][lane] * power(side, segment * MINE);
 #pragma unroll
   for (int i = 0; i < MINE; i++, giant = giant * side) {
+    if ((segment * MINE + i) * N >= last) continue;  // likewise
     Complex<double> term = cast<double>(sum[i]) * giant;
     total = total + term;
     if constexpr (MOMENTS) {

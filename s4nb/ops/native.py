@@ -44,16 +44,18 @@ def load(device):
 
 def plain(x):
     "Contiguous, its conjugation carried out: what the compiled loops read."
-    return x if x.is_contiguous() and not x.is_conj() and not x.is_neg() else x.resolve_conj().resolve_neg().contiguous()
+    done = not torch.compiler.is_compiling() and x.is_contiguous() and not x.is_conj() and not x.is_neg()
+    return x if done else x.resolve_conj().resolve_neg().contiguous()
 
 
 def differentiated(literal, inputs, grads):
     "Gradients of `literal(*inputs)`, to be differentiated again if need be, at the price of the literal formula's memory."
     again, wanted = torch.is_grad_enabled(), [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     with torch.enable_grad(): outputs = literal(*inputs)
-    pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None]
+    pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
     if not pairs: return (None,) * len(inputs)
-    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=again))
+    used, given = zip(*pairs)
+    found = iter(torch.autograd.grad(used, wanted, given, create_graph=again, allow_unused=True))
     return tuple(next(found) if isinstance(x, torch.Tensor) and x.requires_grad else None for x in inputs)
 
 
@@ -170,7 +172,7 @@ def power_sums_setup(ctx, inputs, output):
 
 def power_sums_backward(ctx, grad, grad_moments):
     u, x = ctx.saved_tensors
-    if torch.is_grad_enabled() or grad is None or grad_moments is not None:
+    if torch.is_grad_enabled() or grad is None or ctx.moments and grad_moments is not None:
         return differentiated(literal_power_sums, (u, x, ctx.moments), (grad, grad_moments))
     du = dx = None
     if ctx.needs_input_grad[0]:
