@@ -208,6 +208,18 @@ def test_power_sums(emulator, R, M, L):
         all_close(emulator("power_sums", dtype, u, x, out, out, *sizes), [first, second], 2 * FORWARD[dtype])
 
 
+def test_powers_that_grow(emulator):
+    "Powers beyond the last position overflow; those before it do not."
+    x, L, M = torch.tensor([[3 + 1j, 0.5 - 2j, -torch.inf]], dtype=C128), 20, 3
+    powers = torch.exp(x[..., None] * torch.arange(1, L))
+    powers = torch.cat([torch.ones_like(powers[..., :1]), powers.nan_to_num(0)], -1)
+    v, u = numbers(1, 1, M, dtype=C64), numbers(1, 1, L, dtype=C64)
+    K = emulator("vandermonde", C64, v, x, Output(1, 1, L, dtype=C64), 1, 1, M, L, False)
+    close(K, torch.einsum("brm,bml->brl", v.to(C128), powers), FORWARD[C64])
+    sums = emulator("power_sums", C64, u, x, Output(1, 1, M, dtype=C64), None, 1, 1, M, L, False)
+    close(sums, torch.einsum("brl,bml->brm", u.to(C128), powers), FORWARD[C64])
+
+
 # ---- steps -----------------------------------------------------------------------------------------------------------
 def read(C, state): return 2 * torch.einsum("chm,bhm->bch", C.to(C128), state).real
 
