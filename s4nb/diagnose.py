@@ -2,7 +2,6 @@
 import argparse
 import ctypes
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -12,6 +11,7 @@ import textwrap
 import torch
 
 import s4nb.build as build
+
 from .ops.cauchy_sum import PREFERENCE, backends
 
 OPTIONAL = {"pykeops": "keops", "triton": "", "lightning": "train", "hydra-core": "train", "torchvision": "train",

@@ -442,10 +442,11 @@ def test_cuda_library_holds_hopper_code_without_spills(native):
 
 def test_a_step_of_make_with_nothing_to_do_is_quick_and_silent(native):
     native("cpu")
-    def timed():
-        start = time.perf_counter()
+    def timed():    # processor time: the machine may be busy
+        start = os.times()
         said = tool(sys.executable, str(ROOT / "s4nb/build.py"), "--quiet")
-        return time.perf_counter() - start, said
+        end = os.times()
+        return end.children_user + end.children_system - start.children_user - start.children_system, said
     runs = [timed() for _ in range(3)]
     assert min(t for t, _ in runs) < 0.3 and "compiling" not in runs[-1][1]
     assert json.loads((ROOT / "s4nb/_C.json").read_text())["reason"] == "ok"
