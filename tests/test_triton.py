@@ -124,7 +124,7 @@ def short():
 
 def long():
     T = interpreted()
-    sizes = product((C64, C128), (True, False), (1, 9), (1, 33), (1, 17, 600))
+    sizes = product((C64, C128), (True, False), (1, 5), (1, 33), (1, 17, 300))
     more = ops(T, "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
     print(json.dumps({str(s): grid(T, *s) for s in sizes} | {"ops": more}))
 
