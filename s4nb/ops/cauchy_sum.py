@@ -165,14 +165,14 @@ def cauchy_native(v, z, w, conj=True):
     v, z, w, back = as_rows(v, z, w)
     return back(ops.cauchy(plain(v), plain(z), plain(w.expand(len(v), -1)), conj))
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #44dd13c4
+# %% ../../nbs/3_s4/13_cauchy.ipynb #101bc4f0
 def cauchy_triton(v, z, w, conj=True):
     "Cauchy sum by Triton, for a GPU without nvcc: v (... m), z (... l), w (... m) -> (... l)."
-    from s4nb.ops import triton_sums
+    from s4nb.ops.triton_sums import cauchy_triton as sums
     v, z, w, back = as_rows(v, z, w)
-    return back(triton_sums.cauchy_triton(plain(v), plain(z), plain(w.expand(len(v), -1)), conj))
+    return back(sums(plain(v), plain(z), plain(w.expand(len(v), -1)), conj))
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #719d9f13
+# %% ../../nbs/3_s4/13_cauchy.ipynb #7983c2a5
 class Op(NamedTuple):
     "An operation: the backends that compute it, and small arguments to try them on."
     backends: dict[str, Callable]
@@ -190,7 +190,7 @@ def cauchy_examples(device, dtype):
 OPS = {"cauchy": Op({"native": cauchy_native, "triton": cauchy_triton, "torch": cauchy_torch, "keops": cauchy_keops},
                     cauchy_examples)}
 PREFERENCE = {"cpu": ["native", "torch", "keops"], "cuda": ["native", "triton", "torch", "keops"]}
-HINTS = {"keops": "pip install pykeops; after an interrupted compilation pykeops.clean_pykeops()"}
+HINTS = {"keops": "pip install pykeops; after an interrupted compilation pykeops.clean_pykeops(); s4nb doctor knows the folder"}
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #e7f5da3f
 def trial(op, backend, device, dtype):

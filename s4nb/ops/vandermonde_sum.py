@@ -143,7 +143,7 @@ def transpose_keops(u, v, x, L):
     "Transposed Vandermonde sum by KeOps: modes and positions exchange their roles; x is rounded to v's dtype."
     return v * exp_sum(u.to(v.dtype), torch.arange(L, device=v.device).to(v.dtype), x.to(v.dtype))
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #f89f3a96
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #cdc787c2
 def vandermonde_native(v, x, L, conj=True):
     "Vandermonde sum by the compiled loops for the device of the tensors."
     load(v.device.type)
@@ -160,16 +160,16 @@ def transpose_native(u, v, x, L):
 
 def vandermonde_triton(v, x, L, conj=True):
     "Vandermonde sum by Triton."
-    from s4nb.ops import triton_sums
+    from s4nb.ops.triton_sums import vandermonde_triton as sums
     v, x, back = as_rows(v, x)
-    return back(triton_sums.vandermonde_triton(plain(v), plain(x.expand(len(v), -1).to(torch.complex128)), L, conj))
+    return back(sums(plain(v), plain(x.expand(len(v), -1).to(torch.complex128)), L, conj))
 
 
 def transpose_triton(u, v, x, L):
     "Transposed Vandermonde sum by Triton."
-    from s4nb.ops import triton_sums
+    from s4nb.ops.triton_sums import power_sums_triton as sums
     u, x, back = as_rows(u, x)
-    return v * back(triton_sums.power_sums_triton(plain(u), plain(x.expand(len(u), -1).to(torch.complex128))))
+    return v * back(sums(plain(u), plain(x.expand(len(u), -1).to(torch.complex128))))
 
 # %% ../../nbs/3_s4/14_vandermonde.ipynb #a7781042
 def vandermonde_examples(device, dtype):
