@@ -11,13 +11,14 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(strip 
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help demo test stress lab kernels book export notebooks readme lock clean clean-venv
+.PHONY: help demo test stress lab kernels bench book export notebooks readme lock clean clean-venv
 
 help:
 	@echo "make demo       train S4 on small ListOps on the CPU (under 5 minutes)"
 	@echo "make test       every notebook, every test, every check of the house"
 	@echo "make lab        read and run the book in JupyterLab"
 	@echo "make kernels    compile the native kernels, and say what cannot be (S4NB_BUILD=auto|none|cpu|cuda)"
+	@echo "make bench      measure what the kernels are worth on this machine (several minutes), into results/kernels"
 	@echo "make book       the book as HTML, in _docs"
 	@echo "make stress     the notebooks' slow cells and the long tests"
 	@echo "make export     notebooks -> modules, and clean the notebooks"
@@ -47,6 +48,10 @@ lab: $(VENV)/.installed
 
 kernels: $(VENV)/.installed
 	@$(BIN)/python s4nb/build.py
+
+bench: $(VENV)/.installed
+	@$(NATIVE)
+	@$(BIN)/s4nb bench
 
 book: $(VENV)/.installed
 	@$(BIN)/python .ci/book.py
