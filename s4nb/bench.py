@@ -219,19 +219,25 @@ def memory_mb(field, device):
 
 
 def peak(backend, kind, H, L, N, device):
-    "MB that forward + backward of a kernel takes at most, over a fresh process that has imported everything."
+    """In a fresh process, MB over what it has after the imports: the most that making a kernel, forward and backward take,
+    the same of the smallest kernel, and how much of it is saved for backward and output."""
     torch.set_num_threads(1)
     start, saved = memory_mb("VmRSS", device), {}
     def keep(x):
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() / 2**20
         return x
-    with literal_sums():
+    def run(H, L, N):
         kernel = make_block(kind, backend, H, device, N, L).kernel
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): K = kernel(L)[0]
         K.square().sum().backward()
-    for p in kernel.parameters(): saved.pop(p.untyped_storage().data_ptr(), 0)
-    sizes = memory_mb("VmHWM", device) - start, sum(saved.values()), K.nbytes / 2**20
-    return dict(zip(("peak_mb", "saved_mb", "output_mb"), map(digits, sizes)))
+        for p in kernel.parameters(): saved.pop(p.untyped_storage().data_ptr(), 0)
+        return memory_mb("VmHWM", device) - start, K.nbytes / 2**20
+    with literal_sums():
+        floor, _ = run(1, 8, 4)
+        saved.clear()
+        most, output = run(H, L, N)
+    sizes = map(digits, (most, floor, sum(saved.values()), output))
+    return dict(zip(("peak_mb", "floor_mb", "saved_mb", "output_mb"), sizes))
 
 
 def memory_rows(plan, device, names):
@@ -263,8 +269,7 @@ def kernel_error(measure, L, backend, device):
     "The float32 kernel of S4 against the float64 Krylov sequence c A^l b of the same parameters."
     torch.manual_seed(0)
     kernel = S4Block(8, 64, init=measure, rank=RANK.get(measure, 1), backend=backend).to(device).kernel
-    Lambda, P, B, dt = kernel.system()
-    C = kernel.true_C()[0].to(torch.complex128)
+    (Lambda, P, B, dt), C = kernel.system(), kernel.true_C()[0].to(torch.complex128)
     return worst(kernel(L)[0][0], krylov(*discrete_real(Lambda, P, B, dt), 2 * torch.cat([C.real, -C.imag], -1), L))
 
 
@@ -309,9 +314,7 @@ def instruction_set():
     "The one that the compiled CPU kernels use here, or 'none'."
     path, _ = library("cpu")
     if path is None: return "none"
-    name = ctypes.CDLL(str(path)).s4nb_instruction_set
-    name.restype = ctypes.c_char_p
-    return name().decode()
+    return ctypes.string_at(ctypes.CFUNCTYPE(ctypes.c_void_p)(("s4nb_instruction_set", ctypes.CDLL(str(path))))()).decode()
 
 
 def bench(tables, plan, device, threads=None, keops=False):
