@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from s4nb.ops import cauchy, log_vandermonde, log_vandermonde_transpose
 from s4nb.ops.cauchy_sum import usable
 from s4nb.ops.native import literal_cauchy, literal_powers, ops
-from s4nb.s4.fused import diag_step_torch, dplr_step_torch, spectrum_by_sums, spectrum_native
+from s4nb.s4.fused import diag_step_torch, dplr_step_torch, fast_diag_step, fast_dplr_step, spectrum_by_sums, spectrum_native
 from s4nb.s4.generating import nodes
 from s4nb.s4.nplr import nplr
 
@@ -157,6 +157,13 @@ def test_steps(b, c, h, m, r, dtype):
         for x, y in zip(mine, theirs): torch.testing.assert_close(x, y, **tolerance)
 
 
+def test_steps_are_differentiable():
+    u, (A, B, C, state) = torch.randn(3, 2, dtype=torch.float64, requires_grad=True), leaves((2, 4), (2, 4), (1, 2, 4), (3, 2, 4))
+    assert gradcheck(lambda *a: fast_diag_step(*a, **NATIVE), (A, B, C, u, state))
+    D, E, B2, C, P, Q = leaves((2, 4), (2, 4), (2, 4), (1, 2, 4), (1, 2, 4), (1, 2, 4))
+    assert gradcheck(lambda *a: fast_dplr_step(a[:5], *a[5:], **NATIVE), (D, E, P, Q, B2, C, u, state))
+
+
 def leaves(*shapes): return [randn(*s).requires_grad_() for s in shapes]
 
 
@@ -171,8 +178,6 @@ def test_gradients_by_differences():
         assert gradcheck(lambda *a: ops.power_sums(*a, True), (u, x)) and gradgradcheck(lambda *a: ops.power_sums(*a, False)[0], (u, x))
     v, w = leaves((2, 2, 3, 3), (2, 3))
     for L in (6, 7): assert gradcheck(lambda *a: torch.fft.irfft(ops.dplr_spectrum(*a, L, False)[0], n=L), (v, w))
-    state, A, B = leaves((3, 2, 4), (2, 4), (2, 4))
-    assert gradcheck(ops.diag_step, (A, B, *leaves((1, 2, 4)), torch.randn(3, 2, dtype=torch.float64, requires_grad=True), state))
 
 
 def test_second_derivative_of_the_fused_spectrum_says_no():

@@ -67,7 +67,15 @@ void check_complex(const char* op, const char* name, const Tensor& t, int64_t di
 }
 
 template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-Tensor make(const Tensor& like, const Sizes& sizes, ScalarType type) { return torch::stable::new_empty(like, sizes, type); }
+Tensor make(const Tensor&, const Sizes& sizes, ScalarType type) {  // on the CPU; a direct call, where `empty` goes through the dispatcher
+  Sizes strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
 
 template <class F> void over(int64_t n, double work_of_one, const F& f) {  // in parallel, pieces of 50 000 operations at least
   int64_t grain = std::max<int64_t>(1, int64_t(5e4 / std::max(work_of_one, 1.0)));

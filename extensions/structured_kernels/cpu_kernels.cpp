@@ -26,6 +26,9 @@ template <class T> struct VectorOf;
 template <> struct VectorOf<float> { typedef float type __attribute__((vector_size(S4NB_BYTES))); };
 template <> struct VectorOf<double> { typedef double type __attribute__((vector_size(S4NB_BYTES))); };
 template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> struct IntegerOf;
+template <> struct IntegerOf<float> { typedef int32_t type; };
+template <> struct IntegerOf<double> { typedef int64_t type; };
 template <class T> constexpr int LANES = S4NB_BYTES / int(sizeof(T));
 
 #define S4NB_FORCE inline __attribute__((always_inline))
@@ -47,11 +50,23 @@ namespace s4nb { namespace S4NB_ISA { namespace {
 
 template <class T> S4NB_FORCE Vec<T> load(const T* p) { Vec<T> x; memcpy(&x, p, sizeof x); return x; }
 template <class T> S4NB_FORCE void store(T* p, Vec<T> x) { memcpy(p, &x, sizeof x); }
-template <class T> S4NB_FORCE double total(Vec<T> x) {
-  double s = 0;
-  for (int i = 0; i < LANES<T>; i++) s += x[i];
-  return s;
+
+// Sums over the lanes of a vector, half upon half: a row of additions would wait for each other.
+template <class T, int BYTES> struct Half { typedef T type __attribute__((vector_size(BYTES))); };
+template <class T, int BYTES = S4NB_BYTES> S4NB_FORCE typename Half<T, 16>::type folded(typename Half<T, BYTES>::type x) {
+  if constexpr (BYTES == 16) return x;
+  else {
+    typename Half<T, BYTES / 2>::type low, high;
+    memcpy(&low, &x, BYTES / 2);
+    memcpy(&high, (const char*)&x + BYTES / 2, BYTES / 2);
+    return folded<T, BYTES / 2>(low + high);
+  }
 }
+S4NB_FORCE double total(Vec<float> x) { auto t = folded<float>(x); return double((t[0] + t[1]) + (t[2] + t[3])); }
+S4NB_FORCE double total(Vec<double> x) { auto t = folded<double>(x); return t[0] + t[1]; }
+S4NB_FORCE float even_less_odd(Vec<float> x) { auto t = folded<float>(x); return (t[0] - t[1]) + (t[2] - t[3]); }
+S4NB_FORCE double even_less_odd(Vec<double> x) { auto t = folded<double>(x); return t[0] - t[1]; }
+
 template <class T> S4NB_FORCE Complex<double> number(const T* p, int64_t i) { return {double(p[2 * i]), double(p[2 * i + 1])}; }
 S4NB_FORCE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 S4NB_FORCE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -242,11 +257,11 @@ void collect_group(const Nodes<T>& z, const Row<T>& row, int64_t r0, const T* k,
       drift.add(N, u, node, w);
     }
     for (int r = 0; r < R; r++) {
-      sums[2 * (r0 + r)] += total<T>(slope[r].first);
-      sums[2 * (r0 + r) + 1] += total<T>(slope[r].second);
+      sums[2 * (r0 + r)] += total(slope[r].first);
+      sums[2 * (r0 + r) + 1] += total(slope[r].second);
     }
-    sums[width - 2] += total<T>(drift.first);
-    sums[width - 1] += total<T>(drift.second);
+    sums[width - 2] += total(drift.first);
+    sums[width - 1] += total(drift.second);
   }
 }
 
@@ -666,7 +681,7 @@ template <class T> S4NB_FORCE Folded<T> fold_long(const T* re, const T* im, int6
     Vec<T> index = lane + T(k);
     s[0] += t.re; s[1] += t.im; s[2] += index * t.re; s[3] += index * t.im;
   }
-  return {{total<T>(s[0]), total<T>(s[1])}, {total<T>(s[2]), total<T>(s[3])}};
+  return {{total(s[0]), total(s[1])}, {total(s[2]), total(s[3])}};
 }
 
 // One real input u (L) of a row; adds scale * the sums to S0 and S1 (M), scale being 1 or i.
@@ -726,71 +741,93 @@ template <class T> void power_sums(const PowerArgs<T>& a, int64_t b) {
 }
 
 // ---- one step --------------------------------------------------------------------------------------------------------
-// Sums of products over the modes, kept in a few independent partial sums so that they run as vectors.
-constexpr int PARTS = 16;
-template <class T> S4NB_FORCE T dot(const T* row, const T* s, int64_t M) {  // Re sum row s, both interleaved
-  T parts[PARTS] = {};
-  int64_t i = 0, n = 2 * M;
-  for (; i + PARTS <= n; i += PARTS)
-    for (int p = 0; p < PARTS; p += 2) { parts[p] += row[i + p] * s[i + p]; parts[p + 1] -= row[i + p + 1] * s[i + p + 1]; }
-  for (; i < n; i += 2) { parts[0] += row[i] * s[i]; parts[1] -= row[i + 1] * s[i + 1]; }
-  T sum = 0;
-  for (int p = 0; p < PARTS; p++) sum += parts[p];
-  return sum;
+// Complex numbers as they lie in memory, re and im in turns; the last vector of a row may be a part of one.
+template <class T> S4NB_FORCE Vec<T> take(const T* p, int64_t left) {
+  if (left >= LANES<T>) return load(p);
+  Vec<T> x = {};
+  memcpy(&x, p, size_t(left) * sizeof(T));
+  return x;
+}
+template <class T> S4NB_FORCE void give(T* p, Vec<T> x, int64_t left) {
+  if (left >= LANES<T>) store(p, x);
+  else memcpy(p, &x, size_t(left) * sizeof(T));
 }
 
-template <class T> void outputs(const StepArgs<T>& a, int64_t b, int64_t h, const T* s) {
+template <class T> using Index = typename Half<typename IntegerOf<T>::type, S4NB_BYTES>::type;
+template <class T> struct Lanes {
+  Index<T> even, odd, swapped;  // of each pair: the first twice, the second twice, exchanged
+  Vec<T> sign;                  // -1, 1
+  S4NB_FORCE Lanes() {
+    for (int i = 0; i < LANES<T>; i++) { even[i] = i & ~1; odd[i] = i | 1; swapped[i] = i ^ 1; sign[i] = i & 1 ? T(1) : T(-1); }
+  }
+  S4NB_FORCE Vec<T> pick(Vec<T> x, Index<T> from) const {
+#ifdef __clang__
+    Vec<T> y;
+    for (int i = 0; i < LANES<T>; i++) y[i] = x[from[i]];
+    return y;
+#else
+    return __builtin_shuffle(x, from);
+#endif
+  }
+  S4NB_FORCE Vec<T> times(Vec<T> a, Vec<T> s) const { return pick(a, even) * s + sign * pick(a, odd) * pick(s, swapped); }
+};
+
+template <class T> S4NB_FORCE T dot(const T* row, const T* s, int64_t M) {  // Re sum row s
+  Vec<T> sum = {};
+  for (int64_t i = 0; i < 2 * M; i += LANES<T>) sum += take(row + i, 2 * M - i) * take(s + i, 2 * M - i);
+  return even_less_odd(sum);
+}
+template <class T> S4NB_FORCE T conj_dot(const T* row, const T* s, int64_t M) {  // Re sum conj(row) s
+  Vec<T> sum = {};
+  for (int64_t i = 0; i < 2 * M; i += LANES<T>) sum += take(row + i, 2 * M - i) * take(s + i, 2 * M - i);
+  return T(total(sum));
+}
+
+template <class T> S4NB_FORCE void outputs(const StepArgs<T>& a, int64_t b, int64_t h, const T* s) {
   for (int64_t c = 0; c < a.channels; c++)
     a.y[(b * a.channels + c) * a.H + h] = 2 * dot(a.C + 2 * (c * a.H + h) * a.M, s, a.M);
 }
 
+template <class T> S4NB_FORCE void advance(const Lanes<T>& lanes, const T* A, const T* s, const T* B, T u, int64_t M, T* next) {  // A s + B u
+  for (int64_t i = 0; i < 2 * M; i += LANES<T>) {
+    int64_t left = 2 * M - i;
+    give(next + i, lanes.times(take(A + i, left), take(s + i, left)) + take(B + i, left) * u, left);
+  }
+}
+
 template <class T> void diag_step(const StepArgs<T>& a, int64_t begin, int64_t end) {
+  const Lanes<T> lanes;
   for (int64_t h = begin; h < end; h++)
     for (int64_t b = 0; b < a.batch; b++) {
-      const T *A = a.A + 2 * h * a.M, *B = a.B + 2 * h * a.M, *s = a.state + 2 * (b * a.H + h) * a.M, u = a.u[b * a.H + h];
-      T* next = a.next + 2 * (b * a.H + h) * a.M;
-      for (int64_t m = 0; m < 2 * a.M; m += 2) {
-        T re = A[m] * s[m] - A[m + 1] * s[m + 1] + B[m] * u, im = A[m] * s[m + 1] + A[m + 1] * s[m] + B[m + 1] * u;
-        next[m] = re; next[m + 1] = im;
-      }
-      outputs(a, b, h, next);
+      int64_t row = 2 * (b * a.H + h) * a.M;
+      advance(lanes, a.A + 2 * h * a.M, a.state + row, a.B + 2 * h * a.M, a.u[b * a.H + h], a.M, a.next + row);
+      outputs(a, b, h, a.next + row);
     }
 }
 
-// x = E s - P 2 Re(conj(P) s) + 2B u;  s' = D (x - P 2 Re(Q x))
+// x = E s - P 2 Re(conj(P) s) + 2B u;  s' = D (x - P 2 Re(Q x)). The low-rank vectors of a feature are `a.H` rows apart.
 template <class T> void dplr_step(const StepArgs<T>& a, int64_t begin, int64_t end) {
-  int64_t M = a.M;
-  Memory<T> x(2 * M), conj_P(2 * M * a.rank);
+  const Lanes<T> lanes;
+  int64_t M = a.M, apart = 2 * a.H * M;
+  Memory<T> k(a.rank);
   for (int64_t h = begin; h < end; h++) {
-    const T *D = a.D + 2 * h * M, *E = a.E + 2 * h * M, *B = a.B + 2 * h * M;
-    for (int64_t r = 0; r < a.rank; r++)
-      for (int64_t m = 0; m < 2 * M; m += 2) {
-        const T* P = a.P + 2 * (r * a.H + h) * M;
-        conj_P[2 * r * M + m] = P[m]; conj_P[2 * r * M + m + 1] = -P[m + 1];
-      }
+    const T *P = a.P + 2 * h * M, *Q = a.Q + 2 * h * M, *D = a.D + 2 * h * M;
     for (int64_t b = 0; b < a.batch; b++) {
-      const T *s = a.state + 2 * (b * a.H + h) * M, u = a.u[b * a.H + h];
-      T* next = a.next + 2 * (b * a.H + h) * M;
-      for (int64_t m = 0; m < 2 * M; m += 2) {
-        T re = E[m] * s[m] - E[m + 1] * s[m + 1] + B[m] * u, im = E[m] * s[m + 1] + E[m + 1] * s[m] + B[m + 1] * u;
-        x[m] = re; x[m + 1] = im;
-      }
-      for (int64_t r = 0; r < a.rank; r++) {
-        T k = 2 * dot(conj_P + 2 * r * M, s, M);
-        const T* P = a.P + 2 * (r * a.H + h) * M;
-        for (int64_t m = 0; m < 2 * M; m++) x[m] -= k * P[m];
-      }
-      for (int64_t m = 0; m < 2 * M; m++) next[m] = x[m];
-      for (int64_t r = 0; r < a.rank; r++) {
-        T k = 2 * dot(a.Q + 2 * (r * a.H + h) * M, x.p, M);
-        const T* P = a.P + 2 * (r * a.H + h) * M;
-        for (int64_t m = 0; m < 2 * M; m++) next[m] -= k * P[m];
-      }
-      for (int64_t m = 0; m < 2 * M; m += 2) {
-        T re = D[m] * next[m] - D[m + 1] * next[m + 1], im = D[m] * next[m + 1] + D[m + 1] * next[m];
-        next[m] = re; next[m + 1] = im;
-      }
-      outputs(a, b, h, next);
+      const T* s = a.state + 2 * (b * a.H + h) * M;
+      T* x = a.next + 2 * (b * a.H + h) * M;
+      auto project = [&] {
+        for (int64_t r = 0; r < a.rank; r++)
+          for (int64_t i = 0; i < 2 * M; i += LANES<T>)
+            give(x + i, take(x + i, 2 * M - i) - k[r] * take(P + r * apart + i, 2 * M - i), 2 * M - i);
+      };
+      advance(lanes, a.E + 2 * h * M, s, a.B + 2 * h * M, a.u[b * a.H + h], M, x);
+      for (int64_t r = 0; r < a.rank; r++) k[r] = 2 * conj_dot(P + r * apart, s, M);
+      project();
+      for (int64_t r = 0; r < a.rank; r++) k[r] = 2 * dot(Q + r * apart, x, M);
+      project();
+      for (int64_t i = 0; i < 2 * M; i += LANES<T>)
+        give(x + i, lanes.times(take(D + i, 2 * M - i), take(x + i, 2 * M - i)), 2 * M - i);
+      outputs(a, b, h, x);
     }
   }
 }

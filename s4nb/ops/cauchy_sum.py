@@ -192,15 +192,15 @@ OPS = {"cauchy": Op({"native": cauchy_native, "triton": cauchy_triton, "torch": 
 PREFERENCE = {"cpu": ["native", "torch", "keops"], "cuda": ["native", "triton", "torch", "keops"]}
 HINTS = {"keops": "pip install pykeops; after an interrupted compilation pykeops.clean_pykeops(); s4nb doctor knows the folder"}
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #e7f5da3f
+# %% ../../nbs/3_s4/13_cauchy.ipynb #c937d803
 def trial(op, backend, device, dtype):
-    "Outputs and gradients of one backend on the op's examples."
-    results = []
+    "Outputs without and with gradients, and gradients, of one backend on the op's examples."
+    f, results = OPS[op].backends[backend], []
+    def outputs(args): return out if isinstance(out := f(*args), tuple) else (out,)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         for args in OPS[op].examples(device, dtype):
-            leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
-            out = OPS[op].backends[backend](*args)
-            out = out if isinstance(out, tuple) else (out,)
+            with torch.no_grad(): results += outputs(args)
+            leaves, out = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad], outputs(args)
             results += [*out, *torch.autograd.grad(sum(o.abs().square().sum() for o in out), leaves)]
     return [r.detach() for r in results]
 

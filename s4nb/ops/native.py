@@ -44,8 +44,9 @@ def load(device):
 
 def plain(x):
     "Contiguous, its conjugation carried out: what the compiled loops read."
-    done = not torch.compiler.is_compiling() and x.is_contiguous() and not x.is_conj() and not x.is_neg()
-    return x if done else x.resolve_conj().resolve_neg().contiguous()
+    if torch.compiler.is_compiling() or not x.is_contiguous() or x.is_conj() or x.is_neg():
+        return x.resolve_conj().resolve_neg().contiguous()
+    return x
 
 
 def differentiated(literal, inputs, grads):
@@ -187,37 +188,10 @@ def power_sums_backward(ctx, grad, grad_moments):
 register_autograd("s4nb::power_sums", power_sums_backward, setup_context=power_sums_setup)
 
 
-# ---- one step: state (b h m) -> y (b c h), state; their gradients are those of the literal step -----------------------
-def literal_diag_step(A, B, C, u, state):
-    "The formula itself."
-    state = A * state + B * u[..., None]
-    return 2 * torch.einsum("chm,bhm->bch", C, state).real, state
-
-
-def literal_dplr_step(D, E, P, Q, B2, C, u, state):
-    "The formula itself."
-    def projected(row, x): return torch.einsum("rhm,bhr->bhm", P, 2 * torch.einsum("rhm,bhm->bhr", row, x).real.to(P.dtype))
-    x = E * state - projected(P.conj(), state) + B2 * u[..., None]
-    state = D * (x - projected(Q, x))
-    return 2 * torch.einsum("chm,bhm->bch", C, state).real, state
-
-
+# ---- one step: state (b h m) -> y (b c h), state; for inference, without gradients ------------------------------------
 @register_fake("s4nb::diag_step")
 def _(A, B, C, u, state): return state.new_empty(len(u), len(C), u.shape[1], dtype=u.dtype), torch.empty_like(state)
 
 
 @register_fake("s4nb::dplr_step")
 def _(D, E, P, Q, B2, C, u, state): return state.new_empty(len(u), len(C), u.shape[1], dtype=u.dtype), torch.empty_like(state)
-
-
-def step_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-
-
-def diag_step_backward(ctx, *grads): return differentiated(literal_diag_step, ctx.saved_tensors, grads)
-def dplr_step_backward(ctx, *grads): return differentiated(literal_dplr_step, ctx.saved_tensors, grads)
-
-
-register_autograd("s4nb::diag_step", diag_step_backward, setup_context=step_setup)
-register_autograd("s4nb::dplr_step", dplr_step_backward, setup_context=step_setup)
