@@ -219,8 +219,8 @@ def memory_mb(field, device):
 
 
 def peak(backend, kind, H, L, N, device):
-    """In a fresh process, MB over what it has after the imports: the most that making a kernel, forward and backward take,
-    the same of the smallest kernel, and how much of it is saved for backward and output."""
+    """MB over what a fresh process has after its imports: the most that making a kernel, forward and backward take, the
+    same of the smallest kernel, and how much of it is saved for backward, and output."""
     torch.set_num_threads(1)
     start, saved = memory_mb("VmRSS", device), {}
     def keep(x):
@@ -314,7 +314,9 @@ def instruction_set():
     "The one that the compiled CPU kernels use here, or 'none'."
     path, _ = library("cpu")
     if path is None: return "none"
-    return ctypes.string_at(ctypes.CFUNCTYPE(ctypes.c_void_p)(("s4nb_instruction_set", ctypes.CDLL(str(path))))()).decode()
+    name = ctypes.CDLL(str(path)).s4nb_instruction_set
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 def bench(tables, plan, device, threads=None, keops=False):
