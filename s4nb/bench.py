@@ -15,7 +15,7 @@ import torch
 from .baselines import LITERAL, Attention, fft_conv, literal_sums
 from .build import library
 from .module import one_of
-from .ops.cauchy_sum import OPS, cauchy, usable
+from .ops.cauchy_sum import OPS, PREFERENCE, cauchy, usable
 from .ops.convolution import long_conv
 from .ops.vandermonde_sum import log_vandermonde
 from .s4.block import S4Block
@@ -321,7 +321,7 @@ def instruction_set():
 
 def bench(tables, plan, device, threads=None, keops=False):
     "Measure the named tables, print each row as it comes, return the card."
-    names = ["native", "triton", "torch", *["keops"] * keops]
+    names = [b for b in PREFERENCE[device] if b != "keops" or keops]
     names = [b for b in names if all(usable(op, b, device) == "ok" for op in LITERAL)]
     machine, before = processor() if device == "cpu" else torch.cuda.get_device_name(), torch.get_num_threads()
     used = {t: threads or (before if t == "block" else 1) for t in tables}
