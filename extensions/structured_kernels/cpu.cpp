@@ -30,8 +30,7 @@ using Sizes = std::vector<int64_t>;
 // S4NB_ISA in the environment asks for less than the machine has, for tests and comparisons.
 const InstructionSet& choose() {
   const char* asked = std::getenv("S4NB_ISA");
-  auto may = [&](const char* name) { return !asked || !*asked || !std::strcmp(asked, name); };
-  (void)may;
+  [[maybe_unused]] auto may = [&](const char* name) { return !asked || !*asked || !std::strcmp(asked, name); };
 #ifdef S4NB_AVX512
   if (may("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
@@ -67,7 +66,7 @@ void check_complex(const char* op, const char* name, const Tensor& t, int64_t di
 }
 
 template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-Tensor make(const Tensor&, const Sizes& sizes, ScalarType type) {  // on the CPU; a direct call, where `empty` goes through the dispatcher
+Tensor make(const Sizes& sizes, ScalarType type) {  // a direct call: new_empty would go through the dispatcher again
   Sizes strides(sizes.size());
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
@@ -111,7 +110,7 @@ void check_cauchy(const char* op, const Tensor& v, const Tensor& z, const Tensor
 Tensor cauchy(Tensor v, Tensor z, Tensor w, bool pairs) {
   check_cauchy("cauchy", v, z, w);
   Sizes sizes = {v.size(0), v.size(1), z.size(1)};
-  Tensor out = make(v, sizes, v.scalar_type());
+  Tensor out = make(sizes, v.scalar_type());
   by_type(is_double(v.scalar_type()), [&](auto t) {
     using T = decltype(t);
     CauchyArgs<T> a = cauchy_args<T>(v, z, w, pairs);
@@ -128,8 +127,8 @@ Tensor cauchy(Tensor v, Tensor z, Tensor w, bool pairs) {
 std::tuple<Tensor, Tensor, Tensor> cauchy_backward(Tensor grad, Tensor v, Tensor z, Tensor w, bool pairs, bool need_z) {
   check_cauchy("cauchy_backward", v, z, w);
   check("cauchy_backward", "grad", grad, v.scalar_type(), {v.size(0), v.size(1), z.size(1)});
-  Tensor dv = make(v, shape(v), v.scalar_type()), dw = make(w, shape(w), v.scalar_type());
-  Tensor dz = make(z, need_z ? shape(z) : Sizes{0}, v.scalar_type());
+  Tensor dv = make(shape(v), v.scalar_type()), dw = make(shape(w), v.scalar_type());
+  Tensor dz = make(need_z ? shape(z) : Sizes{0}, v.scalar_type());
   by_type(is_double(v.scalar_type()), [&](auto t) {
     using T = decltype(t);
     CauchyArgs<T> a = cauchy_args<T>(v, z, w, pairs);
@@ -176,8 +175,8 @@ void check_dplr(const char* op, const Tensor& v, const Tensor& w, int64_t L) {
 std::tuple<Tensor, Tensor> dplr_spectrum(Tensor v, Tensor w, int64_t L, bool single) {
   check_dplr("dplr_spectrum", v, w, L);
   ScalarType type = single ? ScalarType::ComplexFloat : ScalarType::ComplexDouble;
-  Tensor spectrum = make(v, {v.size(0), v.size(1) - 1, v.size(2) - 1, L / 2 + 1}, type);
-  Tensor sums = make(v, {v.size(0), v.size(1), v.size(2), (L + 1) / 2}, type);
+  Tensor spectrum = make({v.size(0), v.size(1) - 1, v.size(2) - 1, L / 2 + 1}, type);
+  Tensor sums = make({v.size(0), v.size(1), v.size(2), (L + 1) / 2}, type);
   std::vector<double> y = nodes(L);
   by_type(!single, [&](auto t) {
     using T = decltype(t);
@@ -196,7 +195,7 @@ std::tuple<Tensor, Tensor> dplr_spectrum_backward(Tensor grad, Tensor sums, Tens
   check_dplr(op, v, w, L);
   check(op, "grad", grad, sums.scalar_type(), {v.size(0), v.size(1) - 1, v.size(2) - 1, L / 2 + 1});
   check(op, "sums", sums, grad.scalar_type(), {v.size(0), v.size(1), v.size(2), (L + 1) / 2});
-  Tensor dv = make(v, shape(v), v.scalar_type()), dw = make(w, shape(w), v.scalar_type());
+  Tensor dv = make(shape(v), v.scalar_type()), dw = make(shape(w), v.scalar_type());
   std::vector<double> y = nodes(L);
   by_type(is_double(grad.scalar_type()), [&](auto t) {
     using T = decltype(t);
@@ -220,7 +219,7 @@ Tensor vandermonde(Tensor v, Tensor x, int64_t L, bool pairs) {
   check("vandermonde", "x", x, ScalarType::ComplexDouble, {v.size(0), v.size(2)});
   ScalarType type = v.scalar_type();
   Sizes sizes = {v.size(0), v.size(1), L};
-  Tensor out = make(v, sizes, pairs ? real_of(type) : type);
+  Tensor out = make(sizes, pairs ? real_of(type) : type);
   by_type(is_double(type), [&](auto t) {
     using T = decltype(t);
     PowerArgs<T> a = {};
@@ -238,7 +237,7 @@ std::tuple<Tensor, Tensor> power_sums(Tensor u, Tensor x, bool moments) {
   check("power_sums", "u", u, type, {x.size(0), u.size(1), u.size(2)});
   check("power_sums", "x", x, ScalarType::ComplexDouble, shape(x));
   Sizes sizes = {u.size(0), u.size(1), x.size(1)};
-  Tensor out = make(u, sizes, complex_of(type)), second = make(u, moments ? sizes : Sizes{0}, complex_of(type));
+  Tensor out = make(sizes, complex_of(type)), second = make(moments ? sizes : Sizes{0}, complex_of(type));
   by_type(is_double(type), [&](auto t) {
     using T = decltype(t);
     PowerArgs<T> a = {};
@@ -253,7 +252,7 @@ std::tuple<Tensor, Tensor> power_sums(Tensor u, Tensor x, bool moments) {
 struct Step {
   Tensor y, next;
   Step(const char* op, const Tensor& B, const Tensor& C, const Tensor& u, const Tensor& state)
-      : y(make(state, {state.size(0), C.size(0), state.size(1)}, real_of(state.scalar_type()))), next(make(state, shape(state), state.scalar_type())) {
+      : y(make({state.size(0), C.size(0), state.size(1)}, real_of(state.scalar_type()))), next(make(shape(state), state.scalar_type())) {
     ScalarType type = state.scalar_type();
     check_complex(op, "state", state, 3);
     int64_t h = state.size(1), m = state.size(2);
