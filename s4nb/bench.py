@@ -321,14 +321,16 @@ def instruction_set():
 
 def bench(tables, plan, device, threads=None, keops=False):
     "Measure the named tables, print each row as it comes, return the card."
-    names = [b for b in PREFERENCE[device] if b != "keops" or keops]
-    names = [b for b in names if all(usable(op, b, device) == "ok" for op in LITERAL)]
+    asked = [b for b in PREFERENCE[device] if b != "keops" or keops]
+    states = {b: next((s for op in LITERAL if (s := usable(op, b, device)) != "ok"), "ok") for b in asked}
+    names = [b for b in asked if states[b] == "ok"]
     machine, before = processor() if device == "cpu" else torch.cuda.get_device_name(), torch.get_num_threads()
     used = {t: threads or (before if t == "block" else 1) for t in tables}
     card = {"name": "kernels", "state": "measured", "command": "s4nb bench", "seed": 0, "device": machine,
             "instruction_set": instruction_set(), "threads": used, "backends": names, "commit": commit(),
             "versions": versions()}
     print(f"{machine}; compiled CPU kernels: {card['instruction_set']}; in turns, medians of {plan.rounds}")
+    for b in set(asked) - set(names): print(f"without {b}: {states[b]}")
     with literal_sums():
         for table in tables:
             print(f"\n{table}, {used[table]} thread(s)")

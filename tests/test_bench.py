@@ -96,4 +96,5 @@ def test_the_other_baselines():
 def test_a_plan_without_compiled_kernels(capsys, monkeypatch):
     monkeypatch.setattr("s4nb.bench.usable", lambda op, b, device: "ok" if b == "torch" else "no compiler")
     card = bench(["step"], QUICK, "cpu")
+    assert "without native: no compiler" in capsys.readouterr().out
     assert card["backends"] == ["torch"] and all(set(row["ms"]) == {"torch"} for row in card["step"])
