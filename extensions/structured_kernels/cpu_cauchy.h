@@ -144,7 +144,7 @@ template <class T, bool PAIRS, bool IMAGINARY> void cauchy_row(const CauchyArgs<
 
 template <class T> void cauchy(const CauchyArgs<T>& a, int64_t b, int64_t begin, int64_t end) {
   if (a.pairs) (a.imaginary ? cauchy_row<T, true, true> : cauchy_row<T, true, false>)(a, b, begin, end);
-  else (a.imaginary ? cauchy_row<T, false, true> : cauchy_row<T, false, false>)(a, b, begin, end);
+  else cauchy_row<T, false, false>(a, b, begin, end);
 }
 
 // ---- gradients of Cauchy sums ----------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ void collect(const CauchyArgs<T>& a, int64_t b, int64_t begin, int64_t end, doub
 
 template <class T> void cauchy_collect(const CauchyArgs<T>& a, int64_t b, int64_t begin, int64_t end, double* sums) {
   if (a.pairs) (a.imaginary ? collect<T, true, true> : collect<T, true, false>)(a, b, begin, end, sums);
-  else (a.imaginary ? collect<T, false, true> : collect<T, false, false>)(a, b, begin, end, sums);
+  else collect<T, false, false>(a, b, begin, end, sums);
 }
 
 // From the collected sums (chunks, rows, M, 2R+2) to dv (R, M) and dw (M) of one row.

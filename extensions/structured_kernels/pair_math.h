@@ -51,8 +51,7 @@ template <class S> struct Mode { S re, im; };
 
 template <bool PAIRS, bool IMAGINARY, class V, class S> S4NB_INLINE Complex<V> pole(Complex<V> z, Mode<S> w) {
   if constexpr (!PAIRS) {
-    if constexpr (IMAGINARY) return inverse(Complex<V>{z.im * S(0) - w.re, z.im - w.im});
-    else return inverse(Complex<V>{z.re - w.re, z.im - w.im});
+    return inverse(Complex<V>{z.re - w.re, z.im - w.im});
   } else if constexpr (IMAGINARY) {
     return inverse(Complex<V>{w.re * w.re - (z.im - w.im) * (z.im + w.im), (S(-2) * w.re) * z.im});
   } else {

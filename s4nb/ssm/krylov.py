@@ -23,16 +23,17 @@ def krylov(A, b, c, L):
         if X.shape[-1] < L: A = A @ A
     return X if c is None else torch.einsum("...n,...nl->...l", c, X)
 
-# %% ../../nbs/2_lssl/08_krylov.ipynb #469ffabb
+# %% ../../nbs/2_lssl/08_krylov.ipynb #c2daa536
 def power(A, L):
     "A^L by binary powering: A (… n n), L >= 0 -> (… n n), in O(n^3 log L)."
     if L < 0: raise ValueError(f"the exponent must not be negative, got {L}")
-    P = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(A.shape)
-    while L:
-        if L & 1: P = A @ P
+    if L == 0: return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(A.shape)
+    P = None                                                 # not the identity: a product with it is a product
+    while True:
+        if L & 1: P = A if P is None else A @ P
         L >>= 1
-        if L: A = A @ A
-    return P
+        if not L: return P
+        A = A @ A
 
 # %% ../../nbs/2_lssl/08_krylov.ipynb #5aaecda2
 def carry(A, state, lengths, L):
