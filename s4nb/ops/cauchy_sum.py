@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'OPS', 'PREFERENCE', 'HINTS', 'full_precision', 'cauchy_tile
            'CauchySum', 'as_rows', 'cauchy_torch', 'PowerSum', 'cauchy_keops', 'cauchy_native', 'cauchy_triton', 'Op',
            'cauchy_examples', 'trial', 'usable', 'backends', 'choose', 'pick', 'common_dtype', 'cauchy']
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #97558df2
+# %% ../../nbs/3_s4/13_cauchy.ipynb #d7c26fd1
 import math
 import os
 from contextlib import contextmanager
@@ -15,10 +15,8 @@ from functools import cache, reduce
 from typing import Callable, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
-
 from ..module import one_of
-from .native import load, ops, plain, traced_once
+from .native import differentiated, literal_cauchy, load, ops, plain, traced_once
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #a2151907
 @contextmanager
@@ -76,7 +74,7 @@ def tiles(rows, l, width, device):
     for i in range(0, rows, step):
         for j in range(0, l, cols): yield slice(i, i + step), slice(j, j + cols)
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #fbd26bfd
+# %% ../../nbs/3_s4/13_cauchy.ipynb #17e5a300
 class CauchySum(torch.autograd.Function):
     "v (b r m), z (b l), w (b m) -> (b r l), tile by tile; keeps v, z, w for backward and nothing else."
     @staticmethod
@@ -89,9 +87,9 @@ class CauchySum(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         v, z, w = ctx.saved_tensors
+        if torch.is_grad_enabled(): return *differentiated(literal_cauchy, (v, z, w, ctx.conj), (g,))[:3], None
         z_too = ctx.needs_input_grad[1]
         dv, dw, dz = torch.zeros_like(v), torch.zeros_like(w), v.new_zeros(z.shape) if z_too else None
         with full_precision(v.device):
@@ -101,10 +99,10 @@ class CauchySum(torch.autograd.Function):
                 if z_too: dz[i, j] = tz
         return dv, dz, dw, None
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #79f68069
+# %% ../../nbs/3_s4/13_cauchy.ipynb #c4bbce97
 def as_rows(x, *others):
-    """x (... m) as (b r m) and each of the others (... n) as (b n) or, all rows alike, (1 n): r are the leading dims along
-    which no other varies. Also a function that brings a result (b r k) back to (... k)."""
+    """x (... m) as (b r m), each of the others (... n) as (b n) or, all rows alike, (1 n); r: the leading dims along which
+    no other varies. Also a function that brings a result (b r k) back to (... k)."""
     lead = torch.broadcast_shapes(x.shape[:-1], *[t.shape[:-1] for t in others])
     n = len(lead)
     x, *others = [t[(None,) * (n + 1 - t.ndim)] for t in (x, *others)]
@@ -172,7 +170,7 @@ def cauchy_triton(v, z, w, conj=True):
     v, z, w, back = as_rows(v, z, w)
     return back(sums(plain(v), plain(z), plain(w.expand(len(v), -1)), conj))
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #7983c2a5
+# %% ../../nbs/3_s4/13_cauchy.ipynb #978df5c8
 class Op(NamedTuple):
     "An operation: the backends that compute it, and small arguments to try them on."
     backends: dict[str, Callable]
@@ -190,7 +188,7 @@ def cauchy_examples(device, dtype):
 OPS = {"cauchy": Op({"native": cauchy_native, "triton": cauchy_triton, "torch": cauchy_torch, "keops": cauchy_keops},
                     cauchy_examples)}
 PREFERENCE = {"cpu": ["native", "torch", "keops"], "cuda": ["native", "triton", "torch", "keops"]}
-HINTS = {"keops": "pip install pykeops; after an interrupted compilation pykeops.clean_pykeops(); s4nb doctor knows the folder"}
+HINTS = {"keops": "pip install pykeops; after an interrupted compilation empty its cache: s4nb doctor names the folder"}
 
 # %% ../../nbs/3_s4/13_cauchy.ipynb #c937d803
 def trial(op, backend, device, dtype):
