@@ -38,9 +38,9 @@ template <class T> struct Nodes {
     for (int64_t l = begin; l < end; l++) { re[l - begin] = T(z[2 * l]); im[l - begin] = T(z[2 * l + 1]); }
     pad(end - begin);
   }
-  void fill_imaginary(const double* y, int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; l++) { re[l - begin] = 0; im[l - begin] = T(y[l]); }
-    pad(end - begin);
+  void fill_imaginary(const double* y, const int64_t* at, int64_t count) {
+    for (int64_t l = 0; l < count; l++) { re[l] = 0; im[l] = T(y[at[l]]); }
+    pad(count);
   }
 };
 

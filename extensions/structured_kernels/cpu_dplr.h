@@ -46,49 +46,68 @@ struct AtZero {
   }
 };
 
-// One tile of the spectrum from the sums k (R, 2, TILE).
-template <class T> void combine(const DplrArgs<T>& a, int64_t h, int64_t begin, const Nodes<T>& z, const T* k) {
-  auto k_at = [&](int64_t i, int64_t j, int64_t l) -> Complex<Vec<T>> {
-    const T* p = k + 2 * (i * a.J + j) * TILE + l;
+// The spectrum at the nodes `at` of a tile from their sums k (R, 2, TILE). Next to a pole the two terms of Woodbury's identity
+// cancel, and what is left of floats is rounding: `lost` gets the nodes where five bits or more went, and their number is returned.
+constexpr double CANCELLED = 32;
+template <class T, class C>
+int64_t combine(const DplrArgs<T>& a, int64_t h, const int64_t* at, const Nodes<C>& z, const C* k, int64_t* lost) {
+  auto k_at = [&](int64_t i, int64_t j, int64_t l) -> Complex<Vec<C>> {
+    const C* p = k + 2 * (i * a.J + j) * TILE + l;
     return {load(p), load(p + TILE)};
   };
-  alignas(64) T re[TILE], im[TILE];
+  alignas(64) C re[TILE], im[TILE], worst[TILE] = {};
   for (int64_t i = 0; i + 1 < a.I; i++)
     for (int64_t j = 0; j + 1 < a.J; j++) {
-      for (int64_t l = 0; l < z.padded; l += LANES<T>) {
-        Complex<Vec<T>> f = {1 + 0 * z.at(l).im, T(0.5) * z.at(l).im};
-        Complex<Vec<T>> x = woodbury(f, k_at(i, j, l), k_at(i, a.J - 1, l), k_at(a.I - 1, j, l), woodbury_q(k_at(a.I - 1, a.J - 1, l)));
+      for (int64_t l = 0; l < z.padded; l += LANES<C>) {
+        Complex<Vec<C>> f = {1 + 0 * z.at(l).im, C(0.5) * z.at(l).im}, direct = f * k_at(i, j, l);
+        Complex<Vec<C>> x = woodbury(f, k_at(i, j, l), k_at(i, a.J - 1, l), k_at(a.I - 1, j, l), woodbury_q(k_at(a.I - 1, a.J - 1, l)));
+        Vec<C> excess = direct.re * direct.re + direct.im * direct.im - C(CANCELLED * CANCELLED) * (x.re * x.re + x.im * x.im);
         store(re + l, x.re); store(im + l, x.im);
+        store(worst + l, load(worst + l) > excess ? load(worst + l) : excess);
       }
-      T* to = a.spectrum + 2 * (((h * (a.I - 1) + i) * (a.J - 1) + j) * a.F + begin);
-      for (int64_t l = 0; l < z.n; l++) { to[2 * l] = re[l]; to[2 * l + 1] = im[l]; }
+      T* to = a.spectrum + 2 * ((h * (a.I - 1) + i) * (a.J - 1) + j) * a.F;
+      for (int64_t l = 0; l < z.n; l++) { to[2 * at[l]] = T(re[l]); to[2 * at[l] + 1] = T(im[l]); }
     }
+  int64_t n = 0;
+  for (int64_t l = 0; l < z.n; l++) if (worst[l] > 0) lost[n++] = at[l];
+  return n;
+}
+
+template <class T, class C> void keep_sums(const DplrArgs<T>& a, int64_t h, const int64_t* at, int64_t n, const C* k) {
+  for (int64_t r = 0; r < a.I * a.J; r++) {
+    T* to = a.sums + 2 * (h * a.I * a.J + r) * a.K;
+    const C* from = k + 2 * r * TILE;
+    for (int64_t l = 0; l < n; l++) { to[2 * at[l]] = T(from[l]); to[2 * at[l] + 1] = T(from[TILE + l]); }
+  }
 }
 
 template <class T> void dplr(const DplrArgs<T>& a, int64_t h, int64_t begin, int64_t end) {
-  int64_t R = a.I * a.J;
+  int64_t R = a.I * a.J, at[TILE], lost[TILE];
   const double *v = a.v + 2 * h * R * a.M, *w = a.w + 2 * h * a.M;
   Row<T> row(a.M, R);
   row.template fill<true>(v, w);
+  Row<double> wide_row(a.M, R);
+  if (sizeof(T) == 4) wide_row.template fill<true>(v, w);
   AtZero zero(v, w, a.I, a.J, a.M);
   Nodes<T> z;
+  Nodes<double> wide;
   Memory<T> k(2 * R * TILE);
+  Memory<double> wide_k(sizeof(T) == 4 ? 2 * R * TILE : 1);
   for (int64_t l = begin; l < end; l += TILE) {
-    int64_t last = least(l + TILE, end);
-    z.fill_imaginary(a.y, l, last);
+    int64_t n = least(TILE, end - l);
+    for (int64_t i = 0; i < n; i++) at[i] = l + i;
+    z.fill_imaginary(a.y, at, n);
     sum_tile<T, true, true>(z, row, k);
-    if constexpr (sizeof(T) == 4)
-      if (!finite_tile(k.p, R, z.n))
-        again_in_double<true, true>([&](auto& wide_row, auto& wide_z) {
-          wide_row.template fill<true>(v, w);
-          wide_z.fill_imaginary(a.y, l, last);
-        }, a.M, R, k);
-    for (int64_t r = 0; r < R; r++) {
-      T* to = a.sums + 2 * ((h * R + r) * a.K + l);
-      const T* from = k + 2 * r * TILE;
-      for (int64_t i = 0; i < z.n; i++) { to[2 * i] = from[i]; to[2 * i + 1] = from[TILE + i]; }
+    if (sizeof(T) > 4 || finite_tile(k.p, R, n)) {
+      keep_sums(a, h, at, n, k.p);
+      n = combine(a, h, at, z, k.p, lost);
+    } else memcpy(lost, at, sizeof at);
+    if (sizeof(T) == 4 && n) {  // again in double: the nodes next to poles, or all where floats did not suffice
+      wide.fill_imaginary(a.y, lost, n);
+      sum_tile<double, true, true>(wide, wide_row, wide_k);
+      keep_sums(a, h, lost, n, wide_k.p);
+      combine(a, h, lost, wide, wide_k.p, at);
     }
-    combine(a, h, l, z, k.p);
     if (l == 0) zero.store(a, h);
   }
   if (end == a.K && a.F > a.K)  // even length: at z = infinity only the direct sums are left
@@ -142,14 +161,15 @@ template <class C> struct Woodbury {
 };
 
 template <class C, class T> void dplr_collect_in(const DplrArgs<T>& a, int64_t h, int64_t begin, int64_t end, double* sums) {
-  int64_t R = a.I * a.J;
+  int64_t R = a.I * a.J, at[TILE];
   Row<C> row(a.M, R);
   row.template fill<true>(a.v + 2 * h * R * a.M, a.w + 2 * h * a.M);
   Woodbury<C> woodbury(a.I - 1, a.J - 1);
   Nodes<C> z;
   memset(sums, 0, sizeof(double) * size_t(a.M * (2 * R + 2)));
   for (int64_t l = begin; l < end; l += TILE) {
-    z.fill_imaginary(a.y, l, least(l + TILE, end));
+    for (int64_t i = 0; i < least(TILE, end - l); i++) at[i] = l + i;
+    z.fill_imaginary(a.y, at, least(TILE, end - l));
     woodbury.fill(a, h, l, z);
     collect_tile<C, true, true>(z, row, [&](int64_t r, C* k) {
       for (int64_t n = 0; n < z.padded; n += LANES<C>) {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['nodes', 'cauchy_naive', 'dplr_kernel', 'dplr_spectrum', 'woodbury', 'discrete_real', 'diagonal_real', 'apply_real',
-           'fold', 'unfold']
+           'fold', 'unfold', 'last_power', 'pieces']
 
 # %% ../../nbs/3_s4/12_generating.ipynb #21aba425
 import torch
@@ -66,7 +66,7 @@ def woodbury(k, r, b):
     M = M + torch.eye(r, dtype=M.dtype, device=M.device)
     return k_CB - (k_CP @ torch.linalg.solve(M, k_PB)).permute(0, 2, 3, 1)
 
-# %% ../../nbs/3_s4/12_generating.ipynb #bd3f09de
+# %% ../../nbs/3_s4/12_generating.ipynb #747f1d07
 def discrete_real(Lambda, P, B, dt):
     """Bilinear Ab (h n n), Bb (h n) in the real form (Re s, Im s), float64.
 
@@ -96,9 +96,20 @@ def apply_real(M, C):
 
 def fold(C, Lambda, P, dt, L):
     "C_tilde = C (I - Ab^L), complex128: C (c h m), Lambda (h m), P (r h m), dt (h 1) or (h m)."
-    return C - apply_real(power(discrete_real(Lambda, P, Lambda, dt)[0], L), C)
+    return torch.cat([C[:, i] - apply_real(last_power(Lambda[i], P[:, i], dt[i], L), C[:, i])
+                      for i in pieces(*Lambda.shape)], 1)
 
 def unfold(C_tilde, Lambda, P, dt, L):
     "C = C_tilde (I - Ab^L)^-1, complex128, the inverse of `fold`."
-    AbL = power(discrete_real(Lambda, P, Lambda, dt)[0], L)        # (Ab alone is wanted; any B will do)
-    return apply_real(torch.linalg.inv(torch.eye(AbL.shape[-1], dtype=AbL.dtype, device=AbL.device) - AbL), C_tilde)
+    def inverse(AbL): return torch.linalg.inv(torch.eye(AbL.shape[-1], dtype=AbL.dtype, device=AbL.device) - AbL)
+    return torch.cat([apply_real(inverse(last_power(Lambda[i], P[:, i], dt[i], L)), C_tilde[:, i])
+                      for i in pieces(*Lambda.shape)], 1)
+
+def last_power(Lambda, P, dt, L):
+    "Ab^L (h n n)."
+    return power(discrete_real(Lambda, P, Lambda, dt)[0], L)               # (Ab alone is wanted; any B will do)
+
+def pieces(h, m):
+    "Slices of features whose dense matrices take 32 MB at a time."
+    step = max(1, 2**20 // max(m * m, 1))
+    return [slice(i, i + step) for i in range(0, h, step)] or [slice(0)]
