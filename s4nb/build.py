@@ -56,7 +56,9 @@ def source_folder():
 
 
 def source_files(kind, folder=None):
-    return sorted(f for f in Path(folder or source_folder()).glob("*") if f.suffix in SUFFIXES[kind])
+    others = "cpu_" if kind == "cuda" else "cuda_"
+    found = Path(folder or source_folder()).glob("*")
+    return sorted(f for f in found if f.suffix in SUFFIXES[kind] and not f.name.startswith(others))
 
 
 def source_hash(kind, folder=None):
@@ -69,8 +71,10 @@ def source_hash(kind, folder=None):
 
 def cache(kind, folder=None):
     "The user's folder for libraries that were compiled after an installation."
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s4nb"
-    return Path(os.environ.get("S4NB_CACHE") or base) / f"{source_hash(kind, folder)}-{sysconfig.get_platform()}"
+    named = os.environ.get("S4NB_CACHE") or os.environ.get("XDG_CACHE_HOME") and os.environ["XDG_CACHE_HOME"] + "/s4nb"
+    try: base = Path(named) if named else Path.home() / ".cache/s4nb"
+    except RuntimeError as e: raise NotBuilt(f"{e}: name a folder for compiled libraries in S4NB_CACHE") from e
+    return base / f"{source_hash(kind, folder)}-{sysconfig.get_platform()}"
 
 
 def target(kind, folder=None):

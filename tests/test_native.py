@@ -9,6 +9,7 @@ import torch
 from house import ROOT
 from torch.autograd import gradcheck, gradgradcheck
 
+from s4nb import S4Block
 from s4nb.ops import cauchy, log_vandermonde, log_vandermonde_transpose
 from s4nb.ops.cauchy_sum import usable
 from s4nb.ops.native import literal_cauchy, literal_powers, ops
@@ -180,10 +181,14 @@ def test_gradients_by_differences():
     for L in (6, 7): assert gradcheck(lambda *a: torch.fft.irfft(ops.dplr_spectrum(*a, L, False)[0], n=L), (v, w))
 
 
-def test_second_derivative_of_the_fused_spectrum_says_no():
-    v, w = leaves((1, 2, 2, 3), (1, 3))
-    out = spectrum_native(v, w, 8, 1, C128)
-    with pytest.raises(RuntimeError, match="backend='torch'"): torch.autograd.grad(out.abs().sum(), v, create_graph=True)
+def test_second_derivatives_of_the_fused_spectrum():
+    v, w = (0.1 * randn(1, 2, 2, 3)).requires_grad_(), (randn(1, 3) - 3).requires_grad_()
+    for L in (6, 7): assert gradgradcheck(lambda *a: torch.fft.irfft(ops.dplr_spectrum(*a, L, False)[0], n=L), (v, w))
+
+
+def test_forward_mode_is_refused_not_wrong():
+    v, x = randn(3), rates(3)
+    with pytest.raises(RuntimeError, match="forward-mode"): torch.func.jvp(lambda a: log_vandermonde(a, x, 4, **NATIVE), (v,), (v,))
 
 
 def examples():
@@ -216,6 +221,40 @@ def test_compile_takes_the_ops_whole():
     torch.testing.assert_close(*(torch.autograd.grad(g(v), v)[0] for g in (compiled, f)))
 
 
+@pytest.mark.parametrize("mode", ["dplr", "diag"])
+def test_compile_takes_a_block_whole(mode):
+    block = S4Block(4, 8, mode=mode).eval()
+    u, state = torch.randn(2, 20, 4), block.default_state(2)
+    forward, step = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (block.forward, block.step))
+    for args in ((u,), (u, state)):
+        for a, b in zip(forward(*args), block(*args)): torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        eager = compiled = state
+        for u_l in u.unbind(1)[:3]:
+            (y, eager), (z, compiled) = block.step(u_l, eager), step(u_l, compiled)
+            torch.testing.assert_close(y, z)
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "vmap", "fake"])
+def test_a_first_call_inside_a_mode_leaves_the_backend_usable(mode):
+    code = f"""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from s4nb.ops import cauchy
+from s4nb.ops.cauchy_sum import usable
+v, w, z = torch.randn(2, 3, dtype=torch.complex64, requires_grad=True), torch.randn(2, 3) - 4, 1j * torch.randn(5)
+if "{mode}" == "checkpoint": checkpoint(cauchy, v, z, w, use_reentrant=False).abs().sum().backward()
+if "{mode}" == "vmap": torch.vmap(lambda v, w: cauchy(v, z, w))(v.detach(), w)
+if "{mode}" == "fake":
+    with FakeTensorMode(allow_non_fake_inputs=True): cauchy(v.detach(), z, w)
+print(usable("cauchy", "native"))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "ok", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("args, says", [((randn(2, 1, 3), randn(1, 4), randn(2, 4), True), "shape of w"),
                                         ((randn(2, 1, 3), randn(1, 4).to(C64), randn(2, 3), True), "dtype of z"),
                                         ((randn(2, 2, 3).mT.contiguous().mT, randn(1, 4), randn(2, 3), True), "contiguous"),
@@ -241,6 +280,7 @@ def test_each_instruction_set(isa):
     "S4NB_ISA asks for less than the machine has; the results agree with plain torch."
     code = f"""
 import ctypes, torch
+from s4nb import S4Block
 from s4nb.ops import cauchy, log_vandermonde, log_vandermonde_transpose
 from s4nb.ops.native import loaded
 torch.manual_seed(0)
@@ -252,6 +292,9 @@ for dtype in (torch.complex64, torch.complex128):
               lambda b: log_vandermonde_transpose(z.imag.to(dtype.to_real()), v.to(dtype), x, 777, backend=b)):
         a, b = f("native"), f("torch")
         assert ((a - b).norm() / b.norm()) < tolerance, ((a - b).norm() / b.norm())
+for scale in (1e-13, 1e13):                                              # beyond the range of floats on the way
+    a, b = (cauchy(v, scale * z.to(t), scale * w.to(t), backend=f) for f, t in (("native", v.dtype), ("torch", torch.complex128)))
+    assert ((a - b).norm() / b.norm()) < 1e-5
 name = ctypes.CDLL(loaded("cpu")).s4nb_instruction_set
 name.restype = ctypes.c_char_p
 print(name().decode())

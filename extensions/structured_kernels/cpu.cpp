@@ -7,9 +7,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -54,9 +56,15 @@ ScalarType complex_of(ScalarType t) { return is_double(t) ? ScalarType::ComplexD
 Sizes shape(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 int64_t numel(const Sizes& s) { int64_t n = 1; for (int64_t i : s) n *= i; return n; }
 
+std::string text(const Sizes& sizes) {
+  std::string s = "(";
+  for (int64_t n : sizes) s += std::to_string(n) + ", ";
+  return s + ")";
+}
+
 void check(const char* op, const char* name, const Tensor& t, ScalarType type, const Sizes& sizes) {
   STD_TORCH_CHECK(t.scalar_type() == type, "s4nb::", op, ": the dtype of ", name, " does not go with the others");
-  STD_TORCH_CHECK(shape(t) == sizes, "s4nb::", op, ": the shape of ", name, " does not go with the others");
+  STD_TORCH_CHECK(shape(t) == sizes, "s4nb::", op, ": the shape of ", name, " is ", text(shape(t)), "; beside the others it has to be ", text(sizes));
   STD_TORCH_CHECK(t.is_contiguous(), "s4nb::", op, ": ", name, " has to be contiguous");
 }
 void check_complex(const char* op, const char* name, const Tensor& t, int64_t dims) {
@@ -134,14 +142,14 @@ std::tuple<Tensor, Tensor, Tensor> cauchy_backward(Tensor grad, Tensor v, Tensor
     CauchyArgs<T> a = cauchy_args<T>(v, z, w, pairs);
     a.grad = data<T>(grad); a.dv = data<T>(dv); a.dw = data<T>(dw); a.dz = data<T>(dz);
     int64_t n = std::max<int64_t>(1, pieces(a.L, CHUNK)), width = a.M * (2 * a.R + 2);
-    std::vector<double> sums(size_t(n * a.B * width));
+    std::vector<double> sums(size_t(n * a.B * width) + 1);  // never without memory
     a.sums = sums.data();
     over(a.B * n, double(std::min(a.L, CHUNK)) * a.M * (3 + 2 * a.R), [&](int64_t i) {
       int64_t b = i / n, c = i % n;
       kernels<T>().cauchy_collect(a, b, c * CHUNK, std::min(a.L, (c + 1) * CHUNK), a.sums + (c * a.B + b) * width);
     });
     over(a.B, double(n * width), [&](int64_t b) { kernels<T>().cauchy_chain(a, b, n); });
-    if (need_z && a.L)
+    if (need_z && a.Z && a.L)
       over(a.Z * pieces(a.L, 64), 64.0 * a.B / a.Z * a.M * (4 + 2 * a.R), [&](int64_t i) {
         int64_t m = pieces(a.L, 64);
         kernels<T>().cauchy_nodes(a, i / m, i % m * 64, std::min(a.L, (i % m + 1) * 64));
@@ -202,7 +210,7 @@ std::tuple<Tensor, Tensor> dplr_spectrum_backward(Tensor grad, Tensor sums, Tens
     DplrArgs<T> a = dplr_args<T>(v, w, y, L);
     a.grad = data<T>(grad); a.sums = data<T>(sums); a.dv = data<double>(dv); a.dw = data<double>(dw);
     int64_t n = pieces(a.K, CHUNK), width = a.M * (2 * a.I * a.J + 2);
-    std::vector<double> partial(size_t(n * a.H * width));
+    std::vector<double> partial(size_t(n * a.H * width) + 1);
     a.partial = partial.data();
     over(a.H * n, double(std::min(a.K, CHUNK)) * a.M * (3 + 2 * a.I * a.J), [&](int64_t i) {
       int64_t h = i / n, c = i % n;
@@ -217,6 +225,7 @@ std::tuple<Tensor, Tensor> dplr_spectrum_backward(Tensor grad, Tensor sums, Tens
 Tensor vandermonde(Tensor v, Tensor x, int64_t L, bool pairs) {
   check_complex("vandermonde", "v", v, 3);
   check("vandermonde", "x", x, ScalarType::ComplexDouble, {v.size(0), v.size(2)});
+  STD_TORCH_CHECK(L >= 0, "s4nb::vandermonde: L is ", L, "; give 0 or more");
   ScalarType type = v.scalar_type();
   Sizes sizes = {v.size(0), v.size(1), L};
   Tensor out = make(sizes, pairs ? real_of(type) : type);
@@ -251,14 +260,16 @@ std::tuple<Tensor, Tensor> power_sums(Tensor u, Tensor x, bool moments) {
 // ---- one step --------------------------------------------------------------------------------------------------------
 struct Step {
   Tensor y, next;
-  Step(const char* op, const Tensor& B, const Tensor& C, const Tensor& u, const Tensor& state)
-      : y(make({state.size(0), C.size(0), state.size(1)}, real_of(state.scalar_type()))), next(make(shape(state), state.scalar_type())) {
-    ScalarType type = state.scalar_type();
+  Step(const char* op, const Tensor& B, const Tensor& C, const Tensor& u, const Tensor& state) {
     check_complex(op, "state", state, 3);
-    int64_t h = state.size(1), m = state.size(2);
+    check_complex(op, "C", C, 3);
+    ScalarType type = state.scalar_type();
+    int64_t b = state.size(0), h = state.size(1), m = state.size(2);
     check(op, "B", B, type, {h, m});
     check(op, "C", C, type, {C.size(0), h, m});
-    check(op, "u", u, real_of(type), {state.size(0), h});
+    check(op, "u", u, real_of(type), {b, h});
+    y = make({b, C.size(0), h}, real_of(type));
+    next = make({b, h, m}, type);
   }
   template <class T> StepArgs<T> args(const Tensor& B, const Tensor& C, const Tensor& u, const Tensor& state) const {
     StepArgs<T> a = {};
@@ -290,6 +301,7 @@ std::tuple<Tensor, Tensor> dplr_step(Tensor D, Tensor E, Tensor P, Tensor Q, Ten
   ScalarType type = state.scalar_type();
   check("dplr_step", "D", D, type, shape(B2));
   check("dplr_step", "E", E, type, shape(B2));
+  check_complex("dplr_step", "P", P, 3);
   check("dplr_step", "P", P, type, {P.size(0), B2.size(0), B2.size(1)});
   check("dplr_step", "Q", Q, type, shape(P));
   by_type(is_double(type), [&](auto t) {

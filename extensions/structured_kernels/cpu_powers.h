@@ -65,7 +65,7 @@ S4NB_FORCE Complex<double> power(Complex<double> x, double n) {
 struct Split {
   int64_t B, K;
   Split(int64_t L, int64_t R) {
-    for (B = 16; B * B < L * R && B < 1024; B *= 2);
+    for (B = 16; B * B < L * R && B < 1024 && B < L; B *= 2);
     K = (L + B - 1) / B;
   }
 };

@@ -34,12 +34,12 @@ template <class T> constexpr int LANES = S4NB_BYTES / int(sizeof(T));
 #define S4NB_FORCE inline __attribute__((always_inline))
 S4NB_FORCE Vec<double> reciprocal(Vec<double> q) { return 1.0 / q; }
 S4NB_FORCE Vec<float> reciprocal(Vec<float> q) {
-#ifdef __AVX512F__  // 14 bits and one Newton step; 0 and infinity give nan, which `finite` notices
+#ifdef __AVX512F__  // 14 bits
   Vec<float> r = (Vec<float>)_mm512_maskz_rcp14_ps(__mmask16(-1), (__m512)q);
-  return r + r * (1.0f - q * r);
 #else
-  return 1.0f / q;
+  Vec<float> r = 1.0f / q;
 #endif
+  return r + r * (1.0f - q * r);  // a Newton step; 0 and infinity give nan, which `finite` notices
 }
 
 }}  // namespace s4nb::S4NB_ISA

@@ -7,9 +7,10 @@ __all__ = ['PAIRS', 'OPS', 'PREFERENCE', 'HINTS', 'full_precision', 'cauchy_tile
            'CauchySum', 'as_rows', 'cauchy_torch', 'PowerSum', 'cauchy_keops', 'cauchy_native', 'cauchy_triton', 'Op',
            'cauchy_examples', 'trial', 'usable', 'backends', 'choose', 'pick', 'common_dtype', 'cauchy']
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #d7c26fd1
+# %% ../../nbs/3_s4/13_cauchy.ipynb #84a3eeb8
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, reduce
 from typing import Callable, NamedTuple
@@ -190,7 +191,7 @@ OPS = {"cauchy": Op({"native": cauchy_native, "triton": cauchy_triton, "torch": 
 PREFERENCE = {"cpu": ["native", "torch", "keops"], "cuda": ["native", "triton", "torch", "keops"]}
 HINTS = {"keops": "pip install pykeops; after an interrupted compilation empty its cache: s4nb doctor names the folder"}
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #c937d803
+# %% ../../nbs/3_s4/13_cauchy.ipynb #477ac481
 def trial(op, backend, device, dtype):
     "Outputs without and with gradients, and gradients, of one backend on the op's examples."
     f, results = OPS[op].backends[backend], []
@@ -206,8 +207,9 @@ def trial(op, backend, device, dtype):
 @cache
 def usable(op, backend, device="cpu", dtype=torch.complex64):
     "'ok', or why not: found by running the backend forward and backward beside the torch one, once in a process."
+    def both(): return trial(op, backend, device, dtype), trial(op, "torch", device, dtype)
     try:
-        got, want = trial(op, backend, device, dtype), trial(op, "torch", device, dtype)
+        with ThreadPoolExecutor(1) as elsewhere: got, want = elsewhere.submit(both).result()
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
     except Exception as e:                # a compiler, a driver, an installation: whatever fails is the reason
         hint = f" ({HINTS[backend]})" if backend in HINTS else ""
@@ -266,7 +268,7 @@ def common_dtype(op, modes, **others):
         raise ValueError(f"{op}: got {got}; {problem}")
     return reduce(torch.promote_types, (t.dtype for t in named.values()), torch.complex64)
 
-# %% ../../nbs/3_s4/13_cauchy.ipynb #de4f5305
+# %% ../../nbs/3_s4/13_cauchy.ipynb #29d9dafc
 def cauchy(v, z, w, conj=True, backend=None):
     """Cauchy sum: v (... m), z (... l) or (l), w (... m) -> complex (... l); leading dims broadcast.
 
@@ -275,6 +277,6 @@ def cauchy(v, z, w, conj=True, backend=None):
     RuntimeError: an unusable one. (S4 paper, Algorithm 1.)"""
     dtype = common_dtype("cauchy", {"v": v, "w": w}, z=z)
     v, z, w = v.to(dtype), z.to(dtype), w.to(dtype)
-    infinite = z.isinf()
-    out = pick("cauchy", backend, v.device.type, dtype)(v, z.masked_fill(infinite, 1), w, conj)
+    infinite, no_pole = z.isinf(), w.detach().abs().amax() + 1 if w.numel() else w.new_ones(())
+    out = pick("cauchy", backend, v.device.type, dtype)(v, torch.where(infinite, no_pole.to(dtype), z), w, conj)
     return out.masked_fill(infinite, 0)

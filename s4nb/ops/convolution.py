@@ -98,7 +98,7 @@ def _toeplitz_conv(u, G):
     lags = G.roll(l - 1, -1)[..., :-1]                             # from 1 - l to l - 1
     return torch.einsum("chts,bhs->bcht", lags.unfold(-1, l, 1), u.flip(-1))
 
-# %% ../../nbs/2_lssl/07_convolution.ipynb #d1da5ffa
+# %% ../../nbs/2_lssl/07_convolution.ipynb #ac014eb1
 def long_conv(u, K, K_back=None, offset=1, D=None):
     """Causal convolution y_t = D u_t + sum_j K_j u_{t-j}, and with K_back also + sum_j K_back_j u_{t+offset+j}.
 
@@ -112,6 +112,7 @@ def long_conv(u, K, K_back=None, offset=1, D=None):
     if D is not None and D.shape != K.shape[:2]:
         raise ValueError(f"D {tuple(D.shape)} must match K {tuple(K.shape)} in its first two dimensions")
     if offset not in (0, 1): raise ValueError(f"offset must be 1 (the future) or 0 (and the present), got {offset}")
+    if 0 in (*u.shape, len(K)): return (u[:, None] * K.sum(-1)[..., None]).to(u.dtype)          # nothing, of the right shape
     l, toeplitz = u.shape[-1], _use_toeplitz(u)
     dtype = torch.promote_types(torch.promote_types(u.dtype, K.dtype), torch.float32)
     K, D = K[..., :l].to(dtype), None if D is None else D.to(dtype)

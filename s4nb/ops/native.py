@@ -2,6 +2,7 @@
 from functools import cache
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import register_autograd, register_fake
 
 from ..build import LIBRARIES, library
@@ -44,9 +45,21 @@ def load(device):
 
 def plain(x):
     "Contiguous, its conjugation carried out: what the compiled loops read."
-    if torch.compiler.is_compiling() or not x.is_contiguous() or x.is_conj() or x.is_neg():
-        return x.resolve_conj().resolve_neg().contiguous()
-    return x
+    if torch.compiler.is_compiling(): return x.resolve_conj().resolve_neg().contiguous()
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError("the compiled sums know no forward-mode derivatives: use reverse mode (backward, grad, jacrev)")
+    if x.is_contiguous() and not x.is_conj() and not x.is_neg(): return x
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def complex_of(dtype):
+    "The complex dtype of the same precision; `dtype.to_complex()` cannot be traced."
+    return torch.promote_types(dtype, torch.complex64)
+
+
+def real_of(dtype):
+    "The real dtype of the same precision; `dtype.to_real()` cannot be traced."
+    return torch.float64 if complex_of(dtype) == torch.complex128 else torch.float32
 
 
 def differentiated(literal, inputs, grads):
@@ -94,6 +107,16 @@ register_autograd("s4nb::cauchy", cauchy_backward, setup_context=cauchy_setup)
 
 
 # ---- spectra of DPLR kernels: v (h i j m), w (h m) -> (h i-1 j-1 L/2+1), sums (h i j (L+1)/2) -------------------------
+def literal_spectrum(v, w, L, single):
+    "The sums at the nodes, put together by Woodbury's identity: the formula itself."
+    z = 2j * torch.tan(torch.pi * torch.arange((L + 1) // 2, dtype=torch.float64, device=v.device) / L)
+    k = literal_cauchy(v.flatten(1, 2), z[None], w, True)[0].unflatten(1, v.shape[1:3])
+    K = (1 + z / 2) * (k[:, :-1, :-1] - k[:, :-1, -1:] * k[:, -1:, :-1] / (1 + k[:, -1:, -1:]))
+    if L % 2 == 0: K = torch.cat([K, v[:, :-1, :-1].real.sum(-1, keepdim=True).to(K.dtype)], -1)
+    dtype = torch.complex64 if single else torch.complex128
+    return K.to(dtype), k.to(dtype)
+
+
 @register_fake("s4nb::dplr_spectrum")
 def _(v, w, L, single):
     h, i, j, _ = v.shape
@@ -106,15 +129,14 @@ def _(grad, sums, v, w, L): return torch.empty_like(v), torch.empty_like(w)
 
 
 def dplr_setup(ctx, inputs, output):
-    v, w, ctx.L, _ = inputs
+    v, w, ctx.L, ctx.single = inputs
     ctx.save_for_backward(v, w, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def dplr_backward(ctx, grad, _):
     v, w, sums = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        raise RuntimeError("the fused DPLR spectrum is differentiated once; for second derivatives say backend='torch'")
+    if torch.is_grad_enabled(): return differentiated(literal_spectrum, (v, w, ctx.L, ctx.single), (grad, None))
     return *ops.dplr_spectrum_backward(plain(grad), sums, v, w, ctx.L), None, None
 
 
@@ -135,16 +157,16 @@ def literal_power_sums(u, x, moments):
     powers = torch.exp(x[:, :, None] * t)
     first = torch.einsum("brl,bml->brm", u.to(powers.dtype), powers)
     second = torch.einsum("brl,bml->brm", (t * u).to(powers.dtype), powers) if moments else first.new_empty(0)
-    return first.to(u.dtype.to_complex()), second.to(u.dtype.to_complex())
+    return first.to(complex_of(u.dtype)), second.to(complex_of(u.dtype))
 
 
 @register_fake("s4nb::vandermonde")
-def _(v, x, L, conj): return v.new_empty(*v.shape[:2], L, dtype=v.dtype.to_real() if conj else v.dtype)
+def _(v, x, L, conj): return v.new_empty(*v.shape[:2], L, dtype=v.real.dtype if conj else v.dtype)
 
 
 @register_fake("s4nb::power_sums")
 def _(u, x, moments):
-    out = u.new_empty(*u.shape[:2], x.shape[-1], dtype=u.dtype.to_complex())
+    out = u.new_empty(*u.shape[:2], x.shape[-1], dtype=complex_of(u.dtype))
     return out, torch.empty_like(out) if moments else out.new_empty(0)
 
 

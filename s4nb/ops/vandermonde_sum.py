@@ -8,13 +8,13 @@ __all__ = ['baby_steps', 'powers', 'as_reals', 'sum_of_powers', 'sum_over_time',
            'vandermonde_native', 'transpose_native', 'vandermonde_triton', 'transpose_triton', 'vandermonde_examples',
            'transpose_examples', 'check_length', 'log_vandermonde', 'log_vandermonde_transpose']
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #c793faef
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #1c155004
 import math
 
 import torch
 
 from .cauchy_sum import OPS, Op, as_rows, common_dtype, full_precision, pick
-from .native import load, ops, plain
+from .native import complex_of, load, ops, plain, real_of
 
 # %% ../../nbs/3_s4/14_vandermonde.ipynb #4c02bfd3
 def baby_steps(L):
@@ -43,10 +43,10 @@ def sum_of_powers(v, x, L, conj):
     with full_precision(v.device): K = torch.einsum("...km,...im->...ki", giant, baby)
     return K.flatten(-2)[..., :L]
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #6c507a91
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #3044100a
 def sum_over_time(u, x):
     "u (... L) real or complex, x (... m) -> (... m): sum_l u_l e^(x_m l), the transpose, in the precision of u."
-    R, dtype = baby_steps(u.shape[-1]), u.dtype.to_complex()
+    R, dtype = baby_steps(u.shape[-1]), complex_of(u.dtype)
     u = torch.nn.functional.pad(u, (0, -u.shape[-1] % R))
     u = u.reshape(*u.shape[:-1], u.shape[-1] // R, R)
     baby, giant = powers(x, R).to(dtype), powers(x, u.shape[-2], R).to(dtype)
@@ -192,10 +192,10 @@ OPS["log_vandermonde"] = Op({"native": vandermonde_native, "triton": vandermonde
 OPS["log_vandermonde_transpose"] = Op({"native": transpose_native, "triton": transpose_triton, "torch": transpose_torch,
                                        "keops": transpose_keops}, transpose_examples)
 
-# %% ../../nbs/3_s4/14_vandermonde.ipynb #8c81bd6d
+# %% ../../nbs/3_s4/14_vandermonde.ipynb #efb13519
 def check_length(op, L):
     "L, if it is a length."
-    if isinstance(L, bool) or not isinstance(L, int) or L < 0:
+    if isinstance(L, bool) or not isinstance(L, (int, torch.SymInt)) or L < 0:
         raise ValueError(f"{op}: got L={L!r}; give an int, 0 or more")
     return L
 
@@ -222,4 +222,4 @@ def log_vandermonde_transpose(u, v, x, L, backend=None):
     if u.shape[-1] != check_length("log_vandermonde_transpose", L):
         raise ValueError(f"log_vandermonde_transpose: the last dim of u {tuple(u.shape)} has to be L={L}")
     sum_ = pick("log_vandermonde_transpose", backend, v.device.type, dtype)
-    return sum_(u.to(dtype if u.is_complex() else dtype.to_real()), v.to(dtype), x.to(everything), L)
+    return sum_(u.to(dtype if u.is_complex() else real_of(dtype)), v.to(dtype), x.to(everything), L)

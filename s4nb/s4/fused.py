@@ -7,13 +7,13 @@ __all__ = ['spectrum_by_sums', 'spectrum_native', 'spectrum_examples', 'fast_spe
            'diag_step_native', 'dplr_step_torch', 'dplr_step_native', 'step_examples', 'fast_diag_step',
            'fast_dplr_step']
 
-# %% ../../nbs/3_s4/17_fused.ipynb #a29921bb
+# %% ../../nbs/3_s4/17_fused.ipynb #03c3f63c
 from functools import partial
 
 import torch
 
 from ..ops.cauchy_sum import OPS, Op, cauchy, pick
-from ..ops.native import load, ops, plain
+from ..ops.native import load, ops, plain, real_of
 from .generating import dplr_spectrum
 from .recurrence import dplr_step
 
@@ -80,13 +80,13 @@ def dplr_step_native(*args):
     load(args[0].device.type)
     return ops.dplr_step(*map(plain, args))
 
-# %% ../../nbs/3_s4/17_fused.ipynb #003a7c33
+# %% ../../nbs/3_s4/17_fused.ipynb #a58df373
 def step_examples(device, dtype, low_rank):
     "Three rows, two features, three modes, one channel; `low_rank`: the arguments of a DPLR step."
     t = torch.arange(1.0, 19, dtype=torch.float64, device=device)
     def wave(k, *shape):
         return torch.complex((k * t).cos(), (k * t).sin())[:shape[0] * 6].reshape(*shape, 2, 3).to(dtype)
-    state, u = wave(0.7, 3), (t[:6] / 3).reshape(3, 2).to(dtype.to_real())
+    state, u = wave(0.7, 3), (t[:6] / 3).reshape(3, 2).to(real_of(dtype))
     A, B, E, C, P, Q = *(wave(k, 1)[0] / 2 for k in (0.1, 0.2, 0.6)), *(wave(k, 1) / 2 for k in (0.5, 0.3, 0.4))
     args = (A, E, P, Q, B, C, u, state) if low_rank else (A, B, C, u, state)
     return [tuple(x.clone().requires_grad_() for x in args)]

@@ -17,24 +17,24 @@ from torch import nn
 from ..module import SequenceModule, TiedDropout, activation, check_input, is_glu, mask_padding
 from ..ops.convolution import long_conv
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #906cd524
+# %% ../../nbs/2_lssl/09_layer.ipynb #24de2d51
 _memcmp = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
 _memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
 
 class Noted:
-    "A tensor as it was: `holds(t)` tells whether t lies where it did, with the same bits."
+    "A tensor as it was: `holds(t)` tells whether t lies where it did, in the same form and with the same bits."
     def __init__(self, t):
-        self.place, self.copy = t.data_ptr(), t.detach().clone()
+        self.place, self.form, self.copy = t.data_ptr(), (t.dtype, t.shape, t.stride()), t.detach().clone()
         self.bytes = t.numel() * t.element_size() if t.device.type == "cpu" and t.is_contiguous() else None
         self.copied = self.copy.data_ptr()
 
     def holds(self, t):
-        if t.data_ptr() != self.place: return False
-        if self.bytes is None: return t.dtype == self.copy.dtype and torch.equal(t, self.copy)
+        if t.data_ptr() != self.place or (t.dtype, t.shape, t.stride()) != self.form: return False
+        if self.bytes is None: return torch.equal(t, self.copy)
         return _memcmp(self.place, self.copied, self.bytes) == 0
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #66dcaa67
+# %% ../../nbs/2_lssl/09_layer.ipynb #95c4e8a0
 class Kernel(nn.Module):
     """What an SSM layer asks of its SSM: `channels` kernels for each of `d_model` features, and a state of any shape.
 
@@ -57,7 +57,7 @@ class Kernel(nn.Module):
 
     def cached(self, make):
         "`make()`, remembered until a parameter or buffer changes in value, dtype or device; never while gradients are on."
-        if torch.is_grad_enabled(): return make()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling(): return make()
         now = [t for m in (self.modules() if self._modules else (self,))
                for own in (m._parameters, m._buffers) for t in own.values() if t is not None]
         if self._cache is None or not all(map(Noted.holds, self._cache[0], now)):
