@@ -224,9 +224,9 @@ def test_compile_takes_the_ops_whole():
 @pytest.mark.parametrize("mode", ["dplr", "diag"])
 def test_compile_takes_a_block_whole(mode):
     block = S4Block(4, 8, mode=mode).eval()
-    u, state = torch.randn(2, 20, 4), block.default_state(2)
+    u, longer, state = torch.randn(2, 20, 4), torch.randn(2, 33, 4), block.default_state(2)
     forward, step = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (block.forward, block.step))
-    for args in ((u,), (u, state)):
+    for args in ((u,), (longer,), (u, state), (longer, state)):
         for a, b in zip(forward(*args), block(*args)): torch.testing.assert_close(a, b)
     with torch.no_grad():
         eager = compiled = state

@@ -66,7 +66,7 @@ def woodbury(k, r, b):
     M = M + torch.eye(r, dtype=M.dtype, device=M.device)
     return k_CB - (k_CP @ torch.linalg.solve(M, k_PB)).permute(0, 2, 3, 1)
 
-# %% ../../nbs/3_s4/12_generating.ipynb #747f1d07
+# %% ../../nbs/3_s4/12_generating.ipynb #ebafe77d
 def discrete_real(Lambda, P, B, dt):
     """Bilinear Ab (h n n), Bb (h n) in the real form (Re s, Im s), float64.
 
@@ -88,6 +88,7 @@ def diagonal_real(D):
     re, im = torch.diag_embed(D.real), torch.diag_embed(D.imag)
     return torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
 
+# %% ../../nbs/3_s4/12_generating.ipynb #d2500b93
 def apply_real(M, C):
     "Row vectors C (c h m) times a real map M (h n n) on (Re s, Im s): complex128 (c h m)."
     row = torch.cat([2 * C.real, -2 * C.imag], -1).double()

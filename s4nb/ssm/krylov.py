@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['krylov', 'power', 'carry', 'latest_first', 'advance']
 
-# %% ../../nbs/2_lssl/08_krylov.ipynb #b21b998b
-import math
-
+# %% ../../nbs/2_lssl/08_krylov.ipynb #1b565edb
 import torch
 import torch.nn.functional as F
 
@@ -35,7 +33,7 @@ def power(A, L):
         if not L: return P
         A = A @ A
 
-# %% ../../nbs/2_lssl/08_krylov.ipynb #5aaecda2
+# %% ../../nbs/2_lssl/08_krylov.ipynb #b4c72c5d
 def carry(A, state, lengths, L):
     "A^length state, a different power for each row: A (h n n), state (b h n), lengths (b) <= L -> (b h n)."
     for i in range(L.bit_length()):
@@ -59,7 +57,8 @@ def advance(Ab, Bb, u, state=None, lengths=None):
     O(sqrt l) vectors of the Krylov sequence and as many products with a power of Ab; differentiable."""
     L = u.shape[-1]
     if lengths is None: lengths = torch.full(u.shape[:1], L, device=u.device)
-    k = math.isqrt(L - 1) + 1                                # chunk size: k^2 >= L
+    k = 1
+    while k * k < L: k *= 2                                  # chunk size, a power of two of about sqrt(L)
     v = latest_first(u, lengths.to(u.device)).to(Bb.dtype)
     v = F.pad(v, (0, -L % k)).unflatten(-1, (-1, k))         # (b h p k): chunk p holds the inputs pk … pk+k-1 steps ago
     chunks = torch.einsum("hnk,bhpk->pbhn", krylov(Ab, Bb, None, k), v)
