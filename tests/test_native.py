@@ -214,6 +214,7 @@ def test_opcheck():
 
 
 def test_compile_takes_the_ops_whole():
+    torch.compiler.reset()
     v, w, z, x = randn(2, 3, dtype=C64).requires_grad_(), poles(2, 3, dtype=C64), imaginary(5, C64), rates(2, 3)
     def f(v): return cauchy(v, z, w, **NATIVE).abs().sum() + log_vandermonde(v, x, 7, **NATIVE).square().sum()
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
@@ -223,6 +224,7 @@ def test_compile_takes_the_ops_whole():
 
 @pytest.mark.parametrize("mode", ["dplr", "diag"])
 def test_compile_takes_a_block_whole(mode):
+    torch.compiler.reset()                                               # other tests' graphs count to the limit of one function
     block = S4Block(4, 8, mode=mode).eval()
     u, longer, state = torch.randn(2, 20, 4), torch.randn(2, 33, 4), block.default_state(2)
     forward, step = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (block.forward, block.step))
