@@ -102,7 +102,7 @@ def _mix(width, d_output, final_act):
     features = 2 * d_output if is_glu(final_act) else d_output
     return nn.Sequential(nn.Linear(width, features), activation(final_act, d_output))
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #808cb1ed
+# %% ../../nbs/2_lssl/09_layer.ipynb #0087b728
 class SSMLayer(SequenceModule):
     """y = mix(act(K * u + D u)): (b l h) -> (b l d_output), for any kernel object with the methods of `Kernel`.
 
@@ -168,3 +168,8 @@ class SSMLayer(SequenceModule):
 
     def default_state(self, *batch, device=None):
         return None if self.bidirectional else self.kernel.default_state(*batch, device=device)
+
+    @property
+    def limits(self):
+        reason = "a bidirectional layer needs the future"
+        return {"step": reason, "state": reason} if self.bidirectional else {}
