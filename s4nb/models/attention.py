@@ -145,12 +145,16 @@ class LinearAttention(AttentionHeads):
         S = w.new_zeros(*batch, self.n_heads, self.n_features, e, device=device, dtype=dtype)
         return S, S[..., 0].clone()
 
-# %% ../../nbs/4_models/27_attention.ipynb #6c21207b
+# %% ../../nbs/4_models/27_attention.ipynb #27339b30
 def orthogonal_projection(m, e, generator=None):
     """m random directions (m e) in float64, each N(0, I) by itself, orthogonal within every block of e rows.
     Choromanski et al. 2021, section 2.4."""
-    draw = lambda: torch.randn(e, e, dtype=torch.float64, generator=generator)
-    blocks = [torch.linalg.qr(draw()).Q.mT * draw().norm(dim=-1, keepdim=True) for _ in range(-(-m // e))]
+    blocks = []
+    for _ in range(-(-m // e)):
+        G, lengths = torch.randn(2, e, e, dtype=torch.float64, generator=generator)
+        Q, R = torch.linalg.qr(G)
+        Q = Q * R.diagonal().sign()                                        # without it Q_ii < 0: LAPACK's choice, a bias
+        blocks.append(Q.mT * lengths.norm(dim=-1, keepdim=True))
     return torch.cat(blocks)[:m]
 
 
