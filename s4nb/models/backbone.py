@@ -173,7 +173,7 @@ class DropPath(nn.Module):
     def extra_repr(self):
         return f"p={self.p}"
 
-# %% ../../nbs/4_models/22_backbone.ipynb #9f183b7f
+# %% ../../nbs/4_models/22_backbone.ipynb #f89276d9
 def flip_valid(u, lengths=None):
     "u (b l h) with the first `lengths` (b) positions of each row (all when None) in reverse order; the rest stays."
     if lengths is None:
@@ -196,7 +196,7 @@ class Bidirectional(SequenceModule):
         self.forward_layer, self.reverse_layer, self.flip = forward_layer, reverse_layer, flip
         self.bidirectional_linear = nn.Linear(2 * self.d_output, self.d_output)
         reason = "a bidirectional layer needs the future" if flip else "with flip=False no state is kept"
-        self.limits = {"step": reason, "state": reason}
+        self.limits = dict.fromkeys(("step", "state"), reason)
 
     def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
         check_input(u, self.d_model)
@@ -219,7 +219,7 @@ def refuse(module, what, asked=True):
         verb = {"step": "cannot step", "state": "cannot continue from a state"}[what]
         raise ValueError(f"{type(module).__name__} {verb}: {module.limits[what]}; call forward on whole sequences")
 
-# %% ../../nbs/4_models/22_backbone.ipynb #2d188792
+# %% ../../nbs/4_models/22_backbone.ipynb #50e1750d
 class ResidualBlock(SequenceModule):
     """norm → layer → drop → sum with x (prenorm), or layer → drop → sum → norm (postnorm), then perhaps pool; on (b l h).
 
@@ -243,8 +243,8 @@ class ResidualBlock(SequenceModule):
         self.d_output, self.stride = (size, 1) if pool is None else (pool.d_output, pool.stride)
         self.limits = limits(self)
         if self.stride > 1:
-            reason = f"each output needs {self.stride} inputs"
-            self.limits |= {"step": reason, "state": reason}
+            reason = f"one output for every {self.stride} inputs, lengths divided likewise"
+            self.limits |= dict.fromkeys(("shapes", "step", "state", "lengths", "padding"), reason)
 
     def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
         refuse(self, "state", state is not None)
@@ -266,7 +266,7 @@ class ResidualBlock(SequenceModule):
     def default_state(self, *batch, device=None):
         return self.layer.default_state(*batch, device=device)
 
-# %% ../../nbs/4_models/22_backbone.ipynb #bdf2ea46
+# %% ../../nbs/4_models/22_backbone.ipynb #26520dc9
 class SequenceModel(SequenceModule):
     """A stack of residual blocks, (b l d_model) → (b l // stride d_output), `n_layers` times `n_repeat` groups of them.
 
@@ -296,6 +296,8 @@ class SequenceModel(SequenceModule):
     def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
         check_input(u, self.d_model)
         refuse(self, "state", state is not None)
+        if u.shape[1] < self.stride:
+            raise ValueError(f"{u.shape[1]} inputs give no output: pooling needs {self.stride} for each")
         states, x = self._states(state), self.drop(u)
         if lengths is not None:
             x, lengths = mask_padding(x, lengths), torch.as_tensor(lengths, device=u.device)
