@@ -145,7 +145,7 @@ class LinearAttention(AttentionHeads):
         S = w.new_zeros(*batch, self.n_heads, self.n_features, e, device=device, dtype=dtype)
         return S, S[..., 0].clone()
 
-# %% ../../nbs/4_models/27_attention.ipynb #27339b30
+# %% ../../nbs/4_models/27_attention.ipynb #9e1b12eb
 def orthogonal_projection(m, e, generator=None):
     """m random directions (m e) in float64, each N(0, I) by itself, orthogonal within every block of e rows.
     Choromanski et al. 2021, section 2.4."""
@@ -157,7 +157,7 @@ def orthogonal_projection(m, e, generator=None):
         blocks.append(Q.mT * lengths.norm(dim=-1, keepdim=True))
     return torch.cat(blocks)[:m]
 
-
+# %% ../../nbs/4_models/27_attention.ipynb #2e31c16b
 def softmax_features(x, projection, is_query, eps=1e-4, reference=False):
     """Positive features phi (… l m) of x (… l e) with E[phi(q)·phi(k)] = exp(q·k / sqrt e). Choromanski et al. 2021, eq. 5.
 
