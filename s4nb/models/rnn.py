@@ -153,13 +153,14 @@ def refine(g, r):
     "r = 1/2 leaves g, r = 0 gives g^2, r = 1 gives 1 - (1 - g)^2. Gu et al. 2020."
     return (1 - 2 * r) * g.square() + 2 * r * g
 
-# %% ../../nbs/4_models/24_rnn.ipynb #f2184828
+# %% ../../nbs/4_models/24_rnn.ipynb #e9fd18a9
 class Gate(nn.Module):
     """x (… d_input) -> g (… d_output), the share of the new in h <- (1 - g) h + g new.
 
-    mechanism: N (or None) is g = 1, G a sigmoid; U starts with g spread over (0, 1), R refines g by a second gate r, UR
-    does both, GT and UT refine g by itself (Gu et al. 2020). FS BE BR TE TR TS ZE ZR ZS: one step of h' = x (new - h) by
-    the Forward, Backward, Trapezoid rule or a Zero-order hold, with x the Sigmoid, Exp or Relu of W_g."""
+    mechanism: N (or None) is g = 1, G a sigmoid; U starts with g spread over (0, 1), R refines g by a second gate r,
+    UR does both, GT and UT refine g by itself (Gu et al. 2020). FS BE BR TE TR TS ZE ZR ZS: one step of
+    h' = x (new - h) by the Forward, Backward, Trapezoid rule or a Zero-order hold, with x the Sigmoid, Exp or Relu of
+    W_g x (TS: twice the sigmoid)."""
     def __init__(self, d_output, d_input, mechanism="G", bias=True):
         super().__init__()
         self.d_output, self.mechanism = d_output, one_of("gate", mechanism or "N", GATES)
