@@ -100,9 +100,9 @@ NORMS = {
     "none": lambda d_model: NoNorm(),
 }
 
-# %% ../../nbs/4_models/22_backbone.ipynb #1f0d6417
+# %% ../../nbs/4_models/22_backbone.ipynb #36472b1a
 class Sum(nn.Module):
-    "R: x + y (He et al. 2016). Each residual takes (i, d_model), block i = 1 … k, and maps x, y (… d_model) to (… d_model)."
+    "R: x + y (He et al. 2016). Residuals are made from (i, d_model), block i = 1 … k, and map x, y (… d_model) to one."
 
     def __init__(self, i, d_model):
         super().__init__()
@@ -155,9 +155,9 @@ class Highway(nn.Module):
 
 RESIDUALS = {"R": Sum, "F": Plain, "N": Plain, "A": Affine, "D": Decayed, "H": Highway}
 
-# %% ../../nbs/4_models/22_backbone.ipynb #8bbdc0b7
+# %% ../../nbs/4_models/22_backbone.ipynb #5b3dd1ed
 class DropPath(nn.Module):
-    "In training, zeroes y (b l h) for whole rows with probability p and scales the others by 1/(1 - p) (Huang et al. 2016)."
+    "In training, zeroes whole rows of y (b l h) with probability p, scales the others by 1/(1 - p) (Huang et al. 2016)."
 
     def __init__(self, p=0.0):
         super().__init__()
@@ -173,7 +173,7 @@ class DropPath(nn.Module):
     def extra_repr(self):
         return f"p={self.p}"
 
-# %% ../../nbs/4_models/22_backbone.ipynb #f89276d9
+# %% ../../nbs/4_models/22_backbone.ipynb #f17e005d
 def flip_valid(u, lengths=None):
     "u (b l h) with the first `lengths` (b) positions of each row (all when None) in reverse order; the rest stays."
     if lengths is None:
@@ -214,14 +214,14 @@ class Bidirectional(SequenceModule):
 
 
 def refuse(module, what, asked=True):
-    "If `asked`, raise a ValueError where the module declares in `limits` that it cannot `what` (step, or take a state)."
+    "If `asked`, raise a ValueError where the module declares in `limits` that it has no `what` (step or state)."
     if asked and what in module.limits:
         verb = {"step": "cannot step", "state": "cannot continue from a state"}[what]
         raise ValueError(f"{type(module).__name__} {verb}: {module.limits[what]}; call forward on whole sequences")
 
-# %% ../../nbs/4_models/22_backbone.ipynb #50e1750d
+# %% ../../nbs/4_models/22_backbone.ipynb #2dd72111
 class ResidualBlock(SequenceModule):
-    """norm → layer → drop → sum with x (prenorm), or layer → drop → sum → norm (postnorm), then perhaps pool; on (b l h).
+    """norm → layer → drop → sum with x (prenorm), or layer → drop → sum → norm (postnorm); then perhaps pool. (b l h).
 
     norm: a name of NORMS. residual: a name of RESIDUALS, None (y alone, nothing dropped), or a function (i, d_model) →
     module(x, y). i: the number of the block, from 1. pool: a SequenceModule with `stride`."""
@@ -236,8 +236,8 @@ class ResidualBlock(SequenceModule):
         self.layer, self.prenorm, self.pool = layer, prenorm, pool
         self.residual = make(i, size)
         if size != self.d_model and not isinstance(self.residual, Plain):
-            raise ValueError(f"a residual sum needs equal sizes: the layer maps {self.d_model} features to {size}; give "
-                             f"it an output of {self.d_model} (final_act) or use residual=None")
+            raise ValueError(f"a residual sum needs equal sizes: the layer maps {self.d_model} features to {size}; "
+                             f"give it an output of {self.d_model} (final_act) or use residual=None")
         self.norm = NORMS[one_of("norm", norm, NORMS)](self.d_model if prenorm else size)
         self.dropout, self.drop_path = TiedDropout(dropout, tie=tie_dropout), DropPath(drop_path)
         self.d_output, self.stride = (size, 1) if pool is None else (pool.d_output, pool.stride)
@@ -264,16 +264,16 @@ class ResidualBlock(SequenceModule):
         return y if self.pool is None else self.pool(y[:, None], return_state=False)[0][:, 0], state
 
     def default_state(self, *batch, device=None):
-        return self.layer.default_state(*batch, device=device)
+        return None if "state" in self.limits else self.layer.default_state(*batch, device=device)
 
-# %% ../../nbs/4_models/22_backbone.ipynb #26520dc9
+# %% ../../nbs/4_models/22_backbone.ipynb #060beb9f
 class SequenceModel(SequenceModule):
     """A stack of residual blocks, (b l d_model) → (b l // stride d_output), `n_layers` times `n_repeat` groups of them.
 
-    layer: a function i -> SequenceModule (block i = 0, 1, …), a list of such functions (a group of several blocks), or a
-    list of all the modules. bidirectional: two of each, joined (needs functions). pool: a function d -> pooling module,
-    put after every n_repeat groups. norm, residual: NORMS, RESIDUALS. dropinp: dropout on the input. The state is the
-    list of the layers' states."""
+    layer: a function i -> SequenceModule (block i = 0, 1, …), a list of such functions (a group of several blocks), or
+    a list of all the modules. bidirectional: two of each, joined (needs functions). pool: a function d -> pooling
+    module, put after every n_repeat groups. norm, residual, dropout, drop_path: see ResidualBlock. dropinp: dropout on
+    the input. The state is the list of the layers' states."""
 
     def __init__(self, d_model, n_layers, layer, norm="layer", prenorm=True, residual="R", dropout=0.0,
                  tie_dropout=False, drop_path=0.0, dropinp=0.0, bidirectional=False, n_repeat=1, pool=None):
@@ -316,9 +316,8 @@ class SequenceModel(SequenceModule):
         return self.norm.step(x).to(u.dtype), states
 
     def default_state(self, *batch, device=None):
-        if "state" in self.limits:
-            return None
-        return [block.default_state(*batch, device=device) for block in self.layers]
+        states = [block.default_state(*batch, device=device) for block in self.layers]
+        return None if "state" in self.limits else states
 
     def _states(self, state):
         states = [None] * len(self.layers) if state is None else list(state)

@@ -29,9 +29,9 @@ class LinearEncoder(nn.Linear):
     "Samples (b l d_input) or (b d_input) → d_model features each."
     param_options = {"weight": {}, "bias": {}}
 
-# %% ../../nbs/4_models/23_coders.ipynb #f551ceae
+# %% ../../nbs/4_models/23_coders.ipynb #f66f50ef
 def counts(x, k=1, lengths=None):
-    "How many positions n (b) of each row of x (b l h) are valid, 1 where none is; n < k raises (rows: on the CPU only)."
+    "How many positions n (b) of each row of x (b l h) are valid, 1 where none is; n < k raises (on the CPU only)."
     n, least = torch.full((len(x),), x.shape[1], device=x.device), x.shape[1]
     if lengths is not None:
         length_mask(lengths, x.shape[1])  # checks the lengths
