@@ -29,7 +29,7 @@ class LinearEncoder(nn.Linear):
     "Samples (b l d_input) or (b d_input) → d_model features each."
     param_options = {"weight": {}, "bias": {}}
 
-# %% ../../nbs/4_models/23_coders.ipynb #f66f50ef
+# %% ../../nbs/4_models/23_coders.ipynb #58708d5f
 def counts(x, k=1, lengths=None):
     "How many positions n (b) of each row of x (b l h) are valid, 1 where none is; n < k raises (on the CPU only)."
     n, least = torch.full((len(x),), x.shape[1], device=x.device), x.shape[1]
@@ -52,7 +52,7 @@ def last(x, lengths=None):
     "x (b l h) at the last valid position of each row → (b h)."
     return tail(x, 1, lengths)[:, 0]
 
-
+# %% ../../nbs/4_models/23_coders.ipynb #6446ae85
 def sums(x, k=1, lengths=None):
     "The sums of the first n - k + 1, …, n valid positions of each row: x (b l h) → (b k h)."
     begin = x[:, :x.shape[1] - k + 1]
