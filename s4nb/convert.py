@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['SAFE', 'V3_KERNEL', 'V3_ARGUMENTS', 'V3_TRAINING', 'V3_FIXED', 'CONFIG_HINT', 'IGNORED', 'FORMAT', 'Inert',
            'InertUnpickler', 'inert_pickle', 'read', 'plain', 'resolve', 'v4_keys', 'v4_arguments', 'unwrap', 'ends',
-           'decoder_mode', 'example_arguments', 'understand', 'sizes', 'convert', 'report', 'load_converted']
+           'decoder_mode', 'example_arguments', 'understand', 'sizes', 'convert', 'report', 'load_converted', 'main']
 
-# %% ../nbs/4_models/36_convert.ipynb #11545254
+# %% ../nbs/4_models/36_convert.ipynb #5c0777c7
+import argparse
 import functools
 import json
 import os
 import pickle
 import re
-import tempfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -197,7 +197,7 @@ def sizes(state_dict):
     return {"encoder": "linear" if linear else "embedding", "d_input": state_dict["enc.weight"].shape[1 if linear else 0],
             "d_output": state_dict["dec.output_transform.weight"].shape[0]}
 
-# %% ../nbs/4_models/36_convert.ipynb #ce59b891
+# %% ../nbs/4_models/36_convert.ipynb #8b33a40b
 FORMAT = "s4nb checkpoint 1"
 
 
@@ -211,15 +211,13 @@ def convert(source, target=None, config=None):
     module = build_state_spaces(kind, params)
     load_state_spaces(module, state_dict)
     content = {"format": FORMAT, "kind": kind, "params": params, "state_dict": dict(module.state_dict()), "source": source.name}
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".part", delete=False) as part:
-        try:
-            torch.save(content, part)
-            part.close()
-            load_converted(part.name)
-            os.replace(part.name, target)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        torch.save(content, part)
+        load_converted(part)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
     return report(content, module, ignored, target)
 
 
@@ -241,3 +239,21 @@ def load_converted(path):
     module = build_state_spaces(content["kind"], content["params"])
     module.load_state_dict(content["state_dict"])
     return module.eval()
+
+# %% ../nbs/4_models/36_convert.ipynb #13c9cc75
+def main(arguments=None):
+    "`s4nb convert`: convert a checkpoint and print what was found; returns the exit code."
+    parser = argparse.ArgumentParser("s4nb convert", description="Convert a checkpoint of state-spaces/s4 (.ckpt, .pt; v3, v4) into a "
+                                     "file of this package. Nothing in the checkpoint is executed.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("-o", "--out", help="the file to write (default: beside the checkpoint, NAME.s4nb.pt)")
+    parser.add_argument("--config", help="JSON file with the model's arguments, where the checkpoint has none or others")
+    given = parser.parse_args(arguments)
+    try:
+        config = json.loads(Path(given.config).read_text()) if given.config else None
+        print(convert(given.checkpoint, given.out, config))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{given.config} is no JSON: {error}") from error
+    except (NotImplementedError, OSError) as error:
+        raise ValueError(str(error)) from error
+    return 0

@@ -236,7 +236,7 @@ def build_seqmodel(given):
     return Model(ENCODERS[found["encoder"]](found["d_input"], backbone.d_model), backbone,
                  Decoder(backbone.d_output, found["d_output"], found["decoder"]))
 
-# %% ../nbs/4_models/35_interop.ipynb #abafc620
+# %% ../nbs/4_models/35_interop.ipynb #7574f6fb
 def load_block(block, state_dict):
     "ResidualBlock from layer.*, (reverse_layer.*, bidirectional_linear.*), norm.norm.*, residual.*, pool.*."
     names = ["layer", "norm", "residual", "pool"]
@@ -255,9 +255,11 @@ def load_block(block, state_dict):
 def load_backbone(model, state_dict):
     "SequenceModel from layers.i.*, norm.norm.*."
     found = split(state_dict, ["layers", "norm"], "SequenceModel")
-    theirs, ours = {k.partition(".")[0] for k in found["layers"]}, [str(i) for i in range(len(model.layers))]
-    if theirs - set(ours): raise ValueError(f"the state dict has {len(theirs)} layers, the model {len(ours)}: look at n_layers and layer")
-    for block, entries in zip(model.layers, split(found["layers"], ours, "the layers").values()): load_block(block, entries)
+    theirs = {k.partition(".")[0] for k in found["layers"]}
+    if theirs != {str(i) for i, block in enumerate(model.layers) if block.state_dict()}:
+        raise ValueError(f"the state dict has the layers {', '.join(sorted(theirs))}; the model has {len(model.layers)}: look at "
+                         "n_layers, n_repeat and layer")
+    for i, block in enumerate(model.layers): load_block(block, part(found["layers"], f"{i}."))
     load_plain(model.norm, part(found["norm"], "norm."))
 
 
