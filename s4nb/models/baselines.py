@@ -41,17 +41,18 @@ class Siren(nn.Module):
         x = torch.sin(self.omega_0 * self.first(x))
         return self.last(torch.sin(self.omega_0 * self.second(x)))
 
-# %% ../../nbs/4_models/33_baselines.ipynb #42f701d1
+# %% ../../nbs/4_models/33_baselines.ipynb #29940570
 def mixing_conv(u, K):
-    "Causal y_t = sum_j K_j u_{t-j} with a matrix for each lag: u (b h l), K (o h k) -> (b o l), by FFT in O(o h (k+l) log)."
+    "Causal y_t = sum_j K_j u_{t-j}, a matrix for each lag: u (b h l), K (o h k) -> (b o l), O(o h (k+l) log) by FFT."
     n = fast_length(u.shape[-1] + K.shape[-1] - 1)
     y_f = torch.einsum("bhf,ohf->bof", torch.fft.rfft(u, n), torch.fft.rfft(K, n))
     return torch.fft.irfft(y_f, n)[..., :u.shape[-1]]
 
-# %% ../../nbs/4_models/33_baselines.ipynb #1f96ddf3
+# %% ../../nbs/4_models/33_baselines.ipynb #ff1ea1d0
 def keeping(name, size):
     "The activation `name` for `size` features; one that would halve them is refused."
-    if is_glu(name): raise ValueError(f"{name!r} halves the features, with no linear map here to double them: choose another")
+    if is_glu(name):
+        raise ValueError(f"{name!r} halves the features, with no linear map here to double them: choose another")
     return activation(name, size)
 
 
@@ -60,7 +61,7 @@ class CKConv(SequenceModule):
 
     Romero et al. 2021. l_max: the steps that the kernel covers at rate 1; hidden, omega_0: of the network, see Siren.
     activation: a name of module.activation without halving, or None. No step and no state."""
-    limits = dict.fromkeys(("step", "state"), "a kernel drawn by a network has no recurrence, only all inputs before it")
+    limits = dict.fromkeys(("step", "state"), "a kernel drawn by a network has no recurrence, only all past inputs")
 
     def __init__(self, d_model, d_output=None, l_max=1000, hidden=32, omega_0=30.0, activation="relu"):
         super().__init__()

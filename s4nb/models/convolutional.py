@@ -76,13 +76,13 @@ class Conv1d(SequenceModule):
         reason = "a centred kernel needs the future; with causal=True it has a state"
         return {} if self.causal else {"step": reason, "state": reason}
 
-# %% ../../nbs/4_models/28_convolutional.ipynb #fe8c9816
+# %% ../../nbs/4_models/28_convolutional.ipynb #741eead6
 def check_grid(u, d_model, dim):
     "Raise a ValueError unless u is floating and of shape (b l_1 … l_dim d_model), none of them empty."
     if u.ndim != dim + 2 or u.shape[-1] != d_model or 0 in u.shape or not u.is_floating_point():
         axes = ", ".join(f"l{i + 1}" for i in range(dim))
-        raise ValueError(f"input is {u.dtype} of shape {tuple(u.shape)}, expected floats (batch, {axes}, {d_model}), none "
-                         "of them empty: features come last")
+        raise ValueError(f"input is {u.dtype} of shape {tuple(u.shape)}, expected floats "
+                         f"(batch, {axes}, {d_model}), none of them empty: features come last")
 
 
 def mask_grid(u, lengths):
@@ -90,8 +90,8 @@ def mask_grid(u, lengths):
     lengths, dim = torch.as_tensor(lengths), u.ndim - 2
     if lengths.ndim == 1: lengths = lengths[:, None]
     if lengths.shape != (len(u), dim):
-        raise ValueError(f"got lengths of shape {tuple(lengths.shape)}, expected one size for each of {len(u)} rows and "
-                         f"{dim} axes: {(len(u), dim)}")
+        raise ValueError(f"got lengths of shape {tuple(lengths.shape)}, expected one size for each of {len(u)} "
+                         f"rows and {dim} axes: {(len(u), dim)}")
     for i, sizes in enumerate(lengths.unbind(1), 1):
         mask = length_mask(sizes, u.shape[i]).to(u.device)                              # (b l_i 1)
         u = u.masked_fill(~mask.view(len(u), *[1] * (i - 1), -1, *[1] * (dim + 1 - i)), 0)
