@@ -80,7 +80,7 @@ class GSS(SequenceModule):
     def default_state(self, *batch, device=None):
         return self.layer.default_state(*batch, device=device)
 
-# %% ../../nbs/4_models/30_blocks.ipynb #2c6a6009
+# %% ../../nbs/4_models/30_blocks.ipynb #e7cff534
 class S4DReal(S4D):
     "S4D with d_state real modes, A_n = -(n + 1) at the start: decays and no oscillation (Gu et al. 2022, S4D-Real)."
 
@@ -102,9 +102,3 @@ class DSS(S4D):
 
     def __init__(self, d_model, d_state=64, init="diag-legs", real_transform="none", **options):
         super().__init__(d_model, d_state, init, disc="dss", real_transform=real_transform, **options)
-
-    def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
-        if state is not None: self.kernel.refuse_dss()
-        return super().forward(u, None, lengths, rate, return_state=False)
-
-    def default_state(self, *batch, device=None): return None

@@ -102,7 +102,7 @@ def _mix(width, d_output, final_act):
     features = 2 * d_output if is_glu(final_act) else d_output
     return nn.Sequential(nn.Linear(width, features), activation(final_act, d_output))
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #0087b728
+# %% ../../nbs/2_lssl/09_layer.ipynb #d9cc2c43
 class SSMLayer(SequenceModule):
     """y = mix(act(K * u + D u)): (b l h) -> (b l d_output), for any kernel object with the methods of `Kernel`.
 
@@ -135,7 +135,7 @@ class SSMLayer(SequenceModule):
         if lengths is not None: u, lengths = mask_padding(u, lengths), torch.as_tensor(lengths, device=u.device)
         with torch.autocast(u.device.type, enabled=False):
             v = rearrange(u, "b l h -> b h l").to(self.D.dtype)
-            keep = return_state and not self.bidirectional
+            keep = return_state and "state" not in self.limits
             y = self.convolve(v, state, rate, warn=keep)
             state = self.kernel.advance(v, state, rate, lengths) if keep else None
         return self.output(rearrange(y, "b c h l -> b l c h"), u.dtype), state
@@ -167,9 +167,10 @@ class SSMLayer(SequenceModule):
         return self.output(y[:, None], u.dtype)[:, 0], state
 
     def default_state(self, *batch, device=None):
-        return None if self.bidirectional else self.kernel.default_state(*batch, device=device)
+        return None if "state" in self.limits else self.kernel.default_state(*batch, device=device)
 
     @property
     def limits(self):
-        reason = "a bidirectional layer needs the future"
-        return {"step": reason, "state": reason} if self.bidirectional else {}
+        "What the kernel cannot promise, and what no layer can that looks both ways."
+        both_ways = dict.fromkeys(("step", "state"), "a bidirectional layer needs the future") if self.bidirectional else {}
+        return getattr(self.kernel, "limits", {}) | both_ways
