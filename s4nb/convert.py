@@ -60,21 +60,19 @@ class inert_pickle:
     @staticmethod
     def load(file, **options): return InertUnpickler(file, **options).load()
 
-# %% ../nbs/4_models/36_convert.ipynb #d5edb7f1
+# %% ../nbs/4_models/36_convert.ipynb #8ef66715
 def read(path):
     "What a file of torch.save holds, on the CPU; whatever is neither tensor nor plain container comes as an Inert."
     if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        raise ValueError(f"{path} is a TorchScript archive, which is a program; convert the checkpoint it was made from")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        pass                                               # more than tensors
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert_pickle)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no checkpoint that torch.save wrote: {error}") from error
+        raise ValueError(f"{path} is a TorchScript archive, a program; convert the checkpoint it was made from")
+    for options in ({"weights_only": True}, {"weights_only": False, "pickle_module": inert_pickle}):
+        try:
+            return torch.load(path, map_location="cpu", **options)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, TypeError, AttributeError) as error:
+            said = error                                   # the first time: there is more than tensors in it
+    raise ValueError(f"{path} is no checkpoint that torch.save wrote: {said}") from said
 
-# %% ../nbs/4_models/36_convert.ipynb #cabc4687
+# %% ../nbs/4_models/36_convert.ipynb #a641c7bc
 def plain(value):
     "OmegaConf nodes, seen through their stand-ins, as dicts, lists and values; other stand-ins as None."
     if isinstance(value, Inert):
@@ -94,11 +92,12 @@ def resolve(value, root):
     try:
         return resolve(functools.reduce(lambda node, key: node[key], found[1].split("."), root), root)
     except (KeyError, TypeError):
-        raise ValueError(f"the configuration refers to {value}, which it does not have; give it with --config") from None
+        raise ValueError(f"the configuration refers to {value}, which it lacks; give it with --config") from None
 
-# %% ../nbs/4_models/36_convert.ipynb #34459418
-V3_KERNEL = {"log_dt": ("inv_dt", lambda x: x.reshape(-1, 1)), "inv_w_real": ("A_real", None), "inv_A_real": ("A_real", None),
-             "w_imag": ("A_imag", torch.neg), "A_imag": ("A_imag", torch.neg), "L": ("l_kernel", None)}
+# %% ../nbs/4_models/36_convert.ipynb #66165ebe
+V3_KERNEL = {"log_dt": ("inv_dt", lambda x: x.reshape(-1, 1)), "inv_w_real": ("A_real", None),
+             "inv_A_real": ("A_real", None), "w_imag": ("A_imag", torch.neg), "A_imag": ("A_imag", torch.neg),
+             "L": ("l_kernel", None)}
 V3_ARGUMENTS = {"measure": "init", "postact": "final_act", "real_type": "real_transform"}
 V3_TRAINING = ("weight_decay", "trainable", "cache", "keops")            # no number depends on them
 V3_FIXED = {"hyper_act": None, "linear": False, "shift": False, "hurwitz": True}     # with these values v4 is the same
@@ -124,12 +123,13 @@ def v4_arguments(layer):
     layer = {V3_ARGUMENTS.get(k, k): v for k, v in layer.items() if k not in V3_TRAINING}
     return {k: v for k, v in layer.items() if k not in V3_FIXED or v != V3_FIXED[k]}
 
-# %% ../nbs/4_models/36_convert.ipynb #f6106ea4
-CONFIG_HINT = ('no configuration in the file: pass --config FILE with the model\'s arguments as JSON, for instance {"d_model": 128, '
-               '"n_layers": 6, "prenorm": true, "norm": "batch", "residual": "R", "layer": {"_name_": "s4", "d_state": 64}}')
+# %% ../nbs/4_models/36_convert.ipynb #6f457fe7
+CONFIG_HINT = ("no configuration in the file: pass --config FILE with the model's arguments as JSON, for instance "
+               '{"d_model": 128, "n_layers": 6, "prenorm": true, "norm": "batch", "residual": "R", '
+               '"layer": {"_name_": "s4", "d_state": 64}}')
 IGNORED = re.compile(r"^(task|loss|loss_val|criterion)\.|torchmetrics")
 
-
+# %% ../nbs/4_models/36_convert.ipynb #603fdde8
 def unwrap(found):
     "The state dict and the configuration {} of what `read` returned."
     if not isinstance(found, dict): raise ValueError("the file holds no state dict")
@@ -140,11 +140,13 @@ def unwrap(found):
     if not tensors: raise ValueError(f"the file holds no parameters; its entries are {list(found)[:8]}")
     return tensors, resolve(config, config)
 
-
+# %% ../nbs/4_models/36_convert.ipynb #d0345fa8
 def ends(state_dict):
     "The names of encoder and decoder shortened to enc.* and dec.*: Lightning's, and those of example.py."
-    short = [(r"encoder\.(0\.)?(weight|bias)", r"enc.\2"), (r"decoder\.(0\.)?(output_transform\.)?(weight|bias)", r"dec.output_transform.\3"),
-             (r"s4_layers\.(\d+)\.(.*)", r"model.layers.\1.layer.\2"), (r"norms\.(\d+)\.(.*)", r"model.layers.\1.norm.norm.\2")]
+    short = [(r"encoder\.(0\.)?(weight|bias)", r"enc.\2"),
+             (r"decoder\.(0\.)?(output_transform\.)?(weight|bias)", r"dec.output_transform.\3"),
+             (r"s4_layers\.(\d+)\.(.*)", r"model.layers.\1.layer.\2"),
+             (r"norms\.(\d+)\.(.*)", r"model.layers.\1.norm.norm.\2")]
     found = {}
     for key, value in state_dict.items():
         for pattern, name in short: key = re.sub(f"^{pattern}$", name, key)
@@ -157,10 +159,11 @@ def decoder_mode(config):
     decoder = config.get("decoder") or "sequence"
     decoder = decoder[0] if isinstance(decoder, list) else decoder
     decoder = decoder if isinstance(decoder, dict) else {"_name_": decoder}
-    if decoder.get("_name_", "sequence") != "sequence": raise NotImplementedError(f"no decoder {decoder['_name_']!r} here")
+    if decoder.get("_name_", "sequence") != "sequence":
+        raise NotImplementedError(f"no decoder {decoder['_name_']!r} here; known: sequence")
     return decoder.get("mode") or "last"
 
-# %% ../nbs/4_models/36_convert.ipynb #a2baa01b
+# %% ../nbs/4_models/36_convert.ipynb #0b9a0dda
 def example_arguments(state_dict):
     "The arguments of example.py's model, read off its shapes."
     n = 1 + max(int(k.split(".")[2]) for k in state_dict if k.startswith("model.layers."))
@@ -170,7 +173,7 @@ def example_arguments(state_dict):
 
 
 def understand(found, config=None):
-    "kind, arguments, state dict in v4 names, and the ignored keys, of what `read` returned; `config`: the given arguments."
+    "kind, arguments, state dict in v4 names, ignored keys, of what `read` returned; `config`: the given arguments."
     tensors, stored = unwrap(found)
     ignored = [k for k in tensors if IGNORED.search(k)]
     example = any(k.startswith("s4_layers.") for k in tensors)
@@ -183,34 +186,39 @@ def understand(found, config=None):
     if not params: raise ValueError(CONFIG_HINT)
     if params.get("_name_", "model") != "model" and (whole or bare):
         raise NotImplementedError(f"a model {params['_name_']!r} cannot be converted yet; SequenceModel ('model') can")
-    layer = params.get("layer")
-    if whole or bare: params["layer"] = [v4_arguments(x) for x in layer] if isinstance(layer, list) else v4_arguments(layer)
+    if whole or bare:
+        layer = params.get("layer")
+        params["layer"] = [v4_arguments(x) for x in layer] if isinstance(layer, list) else v4_arguments(layer)
     if whole: params |= sizes(state_dict)
     return "seqmodel" if whole else "backbone" if bare else "layer", v4_arguments(params), state_dict, ignored
 
-
+# %% ../nbs/4_models/36_convert.ipynb #8860935c
 def sizes(state_dict):
     "encoder, d_input and d_output from the shapes of a whole model."
     missing = [k for k in ("enc.weight", "dec.output_transform.weight") if k not in state_dict]
-    if missing: raise NotImplementedError(f"only linear and embedding encoders and linear decoders are understood: no {', '.join(missing)}")
+    if missing:
+        raise NotImplementedError("only linear and embedding encoders and linear decoders are understood: no "
+                                  + ", ".join(missing))
     linear = "enc.bias" in state_dict
-    return {"encoder": "linear" if linear else "embedding", "d_input": state_dict["enc.weight"].shape[1 if linear else 0],
+    return {"encoder": "linear" if linear else "embedding",
+            "d_input": state_dict["enc.weight"].shape[1 if linear else 0],
             "d_output": state_dict["dec.output_transform.weight"].shape[0]}
 
-# %% ../nbs/4_models/36_convert.ipynb #8b33a40b
+# %% ../nbs/4_models/36_convert.ipynb #b12a2c75
 FORMAT = "s4nb checkpoint 1"
 
 
 def convert(source, target=None, config=None):
-    """Convert a checkpoint of state-spaces/s4 into `target` (by default beside it, as NAME.s4nb.pt); returns the report, as text.
+    """Convert a checkpoint of state-spaces/s4 into `target` (by default beside it, NAME.s4nb.pt); returns a report.
 
-    config: the model's arguments as a dict, over those in the file. ValueError, NotImplementedError: what is missing."""
+    config: the model's arguments as a dict, over those in the file. ValueError, NotImplementedError: why it cannot."""
     source = Path(source)
     target = source.with_name(source.stem + ".s4nb.pt") if target is None else Path(target)
     kind, params, state_dict, ignored = understand(read(source), config)
     module = build_state_spaces(kind, params)
     load_state_spaces(module, state_dict)
-    content = {"format": FORMAT, "kind": kind, "params": params, "state_dict": dict(module.state_dict()), "source": source.name}
+    content = {"format": FORMAT, "kind": kind, "params": params, "state_dict": dict(module.state_dict()),
+               "source": source.name}
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         torch.save(content, part)
@@ -220,14 +228,15 @@ def convert(source, target=None, config=None):
         part.unlink(missing_ok=True)
     return report(content, module, ignored, target)
 
-
+# %% ../nbs/4_models/36_convert.ipynb #636b623f
 def report(content, module, ignored, target):
     "What was found, in a few lines."
     params, n = content["params"], sum(p.numel() for p in module.parameters())
     blocks = getattr(getattr(module, "backbone", module), "layers", [module])
     kinds = ", ".join(dict.fromkeys(type(getattr(b, "layer", b)).__name__ for b in blocks))
     lines = [f"{content['source']}: {content['kind']}, {len(blocks)} layer(s) of {kinds}, {n} parameters"]
-    lines += [f"arguments: {json.dumps(params)}", f"ignored: {', '.join(ignored) or 'nothing'}", f"written: {target.name}"]
+    lines += [f"arguments: {json.dumps(params)}", f"ignored: {', '.join(ignored) or 'nothing'}"]
+    lines += [f"written: {target.name}"]
     return "\n".join(lines)
 
 
@@ -240,14 +249,14 @@ def load_converted(path):
     module.load_state_dict(content["state_dict"])
     return module.eval()
 
-# %% ../nbs/4_models/36_convert.ipynb #13c9cc75
+# %% ../nbs/4_models/36_convert.ipynb #425f9685
 def main(arguments=None):
     "`s4nb convert`: convert a checkpoint and print what was found; returns the exit code."
-    parser = argparse.ArgumentParser("s4nb convert", description="Convert a checkpoint of state-spaces/s4 (.ckpt, .pt; v3, v4) into a "
-                                     "file of this package. Nothing in the checkpoint is executed.")
+    about = "Convert a checkpoint of state-spaces/s4 (.ckpt, .pt; v3, v4); nothing in it is run."
+    parser = argparse.ArgumentParser("s4nb convert", description=about)
     parser.add_argument("checkpoint")
     parser.add_argument("-o", "--out", help="the file to write (default: beside the checkpoint, NAME.s4nb.pt)")
-    parser.add_argument("--config", help="JSON file with the model's arguments, where the checkpoint has none or others")
+    parser.add_argument("--config", help="JSON file with arguments of the model that the checkpoint lacks")
     given = parser.parse_args(arguments)
     try:
         config = json.loads(Path(given.config).read_text()) if given.config else None

@@ -152,14 +152,15 @@ def load_layer(layer, state_dict):
                          else "the state dict has no output_linear: final_act=None")
     if linear: load_linear(layer.mix[0], linear, "output_linear.0")
 
-# %% ../nbs/4_models/34_foreign.ipynb #f9f4cbe3
+# %% ../nbs/4_models/34_foreign.ipynb #d3ee2c67
 MODES = {"dplr": "dplr", "nplr": "dplr", "s4": "dplr", "diag": "diag", "s4d": "diag", "dense": "dense", "slow": "dense",
          "real": "dense", "conv": "conv"}
-S4_ARGUMENTS = {"d_model": ..., "d_state": 64, "mode": "dplr", "channels": 1, "bidirectional": False, "swap_channels": False,
-                "activation": "gelu", "mult_act": None, "final_act": "glu", "dropout": 0.0, "tie_dropout": False,
+S4_ARGUMENTS = {"d_model": ..., "d_state": 64, "mode": "dplr", "channels": 1, "bidirectional": False,
+                "swap_channels": False, "activation": "gelu", "mult_act": None, "final_act": "glu", "dropout": 0.0,
+                "tie_dropout": False,
                 "l_max": None, "gate": None, "bottleneck": None, "kernel": None}
-TRAINING_ONLY = {"verbose", "backend", "lr", "wd", "weight_norm", "initializer", "transposed", "drop_kernel", "gate_act",
-                 "_name_", "layer"}
+TRAINING_ONLY = {"verbose", "backend", "lr", "wd", "weight_norm", "initializer", "transposed", "drop_kernel",
+                 "gate_act", "_name_", "layer"}
 
 
 def build_s4(given):
@@ -173,7 +174,8 @@ def build_s4(given):
     found["mode"] = MODES[mode]
     kernel = {k: found.pop(k) for k in fields if k in found}
     if found["mode"] == "dense":
-        if kernel["dt_transform"] != "exp": raise NotImplementedError("a dense kernel stores log dt: dt_transform='exp'")
+        if kernel["dt_transform"] != "exp":
+            raise NotImplementedError("a dense kernel stores log dt: dt_transform='exp'")
         found["d_state"], kernel = 2 * found["d_state"], {"n_ssm": kernel["n_ssm"]}
     elif found["mode"] == "conv":
         kernel = {}
@@ -181,7 +183,7 @@ def build_s4(given):
         kernel = {**kernel, "disc": None}                # bilinear, whatever is said
     return S4Block(**found, **kernel)
 
-
+# %% ../nbs/4_models/34_foreign.ipynb #da62a6d0
 def build_fftconv(given):
     "FFTConv: the same without linear map, and without activation unless one is asked for."
     refused = [k for k in ("final_act", "mult_act") if k in given]
@@ -195,7 +197,7 @@ def build_minimal_s4d(given):
                       {"_name_", "transposed", "lr"}, "the minimal S4D")
     return S4Block(**found, mode="diag", init="diag-lin")
 
-# %% ../nbs/4_models/34_foreign.ipynb #93009dd3
+# %% ../nbs/4_models/34_foreign.ipynb #fa9aa2b5
 def transition_matrices(found, N):
     "A (… n n) and B (… n) in float64 from the entries of a structured transition, of whichever kind they are."
     p = {k: torch.as_tensor(v).double() for k, v in found.items() if k not in ("I", "ones", "arange", "e")}
@@ -212,11 +214,12 @@ def transition_matrices(found, N):
         return -p["c"][..., :, None] * T / p["c"][..., None, :], p["c"] * p["b"]
     p = expect(p, ["a", "b"], "a dense or cumulative-sum transition")
     if p["a"].shape[-2:] == (N, N): return p["a"], p["b"]
-    return -(torch.ones(N, N, dtype=torch.float64).tril() + p["a"].reshape(-1, 1, 1) * eye), p["b"].reshape(-1, 1) * ones
+    a, b = p["a"].reshape(-1, 1, 1), p["b"].reshape(-1, 1)
+    return -(ones.expand(N, N).tril() + a * eye), b * ones
 
-# %% ../nbs/4_models/34_foreign.ipynb #149250c0
+# %% ../nbs/4_models/34_foreign.ipynb #a50b72ed
 class StretchedKernel(DenseKernel):
-    "DenseKernel whose Ab, not Bb, takes steps of dt * round(l_max / L) when the sequence has another length than l_max."
+    "DenseKernel whose Ab, not Bb, takes steps of dt * round(l_max / L) for a sequence of another length than l_max."
     l_max = None
 
     def stretch(self, L): return 1 if self.l_max is None else round(self.l_max / L)
@@ -226,9 +229,6 @@ class StretchedKernel(DenseKernel):
         if state is not None: raise ValueError(f"no state at length {L}: {self.limits['state']}")
         Ab, Bb = self.discrete(rate * self.stretch(L))[0], self.discrete(rate)[1]
         return torch.einsum("chn,hnl->chl", self.C, krylov(Ab, Bb, None, L)), None
-
-    def advance(self, u, state=None, rate=1.0, lengths=None):
-        return super().advance(u, state, rate, lengths) if self.stretch(u.shape[-1]) == 1 else None
 
     def step(self, u, state):
         if self.l_max is not None: raise ValueError(f"no steps: {self.limits['step']}; build it without l_max")
@@ -255,8 +255,9 @@ class ForeignLSSL(SSMLayer):
     def output(self, y, dtype):
         return super().output(y if self.E is None else y + self.E, dtype)
 
-# %% ../nbs/4_models/34_foreign.ipynb #1507ad6a
-LSSL_MEASURES = ("legs", "legt", "lagt", "tlagt", "glagt", "jac", "cheb", "chebI", "chebII", "toep", "random", "identity")
+# %% ../nbs/4_models/34_foreign.ipynb #7ffba0a2
+LSSL_MEASURES = ("legs", "legt", "lagt", "tlagt", "glagt", "jac", "cheb", "chebI", "chebII", "toep", "random",
+                 "identity")
 
 
 def build_lssl(given):
@@ -266,8 +267,10 @@ def build_lssl(given):
     defaults = {"d": ..., "d_model": -1, "measure": "legs", "learn": 0, "dt": None, "channels": 1, "bias": False,
                 "activation": "gelu", "ff": True, "dropout": 0.0, "l_max": None}
     given = {{"N": "d_model", "d_state": "d_model"}.get(k, k): v for k, v in given.items()}
-    found = arguments(given, defaults, {"_name_", "L", "measure_args", "lr", "noise", "init", "weight_norm", "transposed"}, "lssl")
-    if found["learn"] not in (0, 1, 2): raise NotImplementedError(f"lssl: learn={found['learn']} raises in the reference itself")
+    ignored = {"_name_", "L", "measure_args", "lr", "noise", "init", "weight_norm", "transposed"}
+    found = arguments(given, defaults, ignored, "lssl")
+    if found["learn"] not in (0, 1, 2):
+        raise NotImplementedError(f"lssl: learn={found['learn']} raises in the reference itself")
     if found["measure"] not in LSSL_MEASURES: raise NotImplementedError(f"lssl: no measure {found['measure']!r}")
     d, N = found["d"], found["d"] if found["d_model"] in (-1, None) else found["d_model"]
     learn = ("A", "B") * (found["learn"] > 0) + ("dt",) * bool((found["dt"] or {}).get("learn"))
@@ -289,5 +292,5 @@ def load_lssl(layer, state_dict):
     if layer.E is not None: put(layer, "E", found["E"].T)
     linear = part(state_dict, "output_linear.")
     if bool(linear) != (layer.mix is not None):
-        raise ValueError("the state dict has an output_linear: ff=True" if linear else "no output_linear came: ff=False")
+        raise ValueError("the state dict has an output_linear: ff=True" if linear else "no output_linear: ff=False")
     if linear: load_linear(layer.mix[0], linear, "output_linear")

@@ -10,27 +10,27 @@ __all__ = ['SHAPE_FREE', 'CELLS', 'OLD_NAMES', 'PLAIN', 'MEMORY', 'SLIDING', 'GR
            'build_seqmodel', 'load_block', 'load_backbone', 'load_model', 'load_sru', 'load_state_spaces',
            'build_layer', 'build_state_spaces']
 
-# %% ../nbs/4_models/35_interop.ipynb #45f077ef
+# %% ../nbs/4_models/35_interop.ipynb #2e362987
 from functools import partial
 
 import torch
 from torch import nn
 
-from .foreign import (ForeignLSSL, arguments, build_fftconv, build_lssl, build_minimal_s4d, build_s4, expect, load_kernel,
-                          load_layer, load_linear, load_lssl, part, put)
+from .foreign import (ForeignLSSL, arguments, build_fftconv, build_lssl, build_minimal_s4d, build_s4, expect,
+                          load_kernel, load_layer, load_linear, load_lssl, part, put)
 from .models.attention import AttentionHeads, MultiHeadAttention
 from .models.backbone import RESIDUALS, Bidirectional, SequenceModel
 from .models.blocks import FFN
 from .models.coders import Decoder, LinearEncoder, Model, TokenEncoder
-from .models.memory_rnn import (GLagTCell, LagTCell, LegSCell, LegTCell, LegTSCell, LMUCell, LMUTCell, MemoryCell, RandomCell,
-                                   ScaledMemory, TimestampLegSCell, TimestampLegTCell)
+from .models.memory_rnn import (GLagTCell, LagTCell, LegSCell, LegTCell, LegTSCell, LMUCell, LMUTCell, MemoryCell,
+                                   RandomCell, ScaledMemory, TimestampLegSCell, TimestampLegTCell)
 from .models.pooling import DOWN_POOLS
 from .models.rnn import GatedSRNNCell, GRUCell, LSTM, MinimalRNNCell, RNN, RNNCell, TorchRNN
 from .models.scan_rnn import SRU, SRURNN
 from .module import SequenceModule, check_input
 from .ssm.layer import Kernel, SSMLayer
 
-# %% ../nbs/4_models/35_interop.ipynb #51fb96c6
+# %% ../nbs/4_models/35_interop.ipynb #754dcd9e
 def load_plain(module, state_dict):
     "A module whose parameters and buffers have the reference's names."
     for name, value in expect(state_dict, list(module.state_dict()), type(module).__name__).items():
@@ -41,10 +41,11 @@ def load_plain(module, state_dict):
 def split(state_dict, names, owner):
     "The entries of a state dict by their first component, which must be one of `names`: {name: entries}."
     unknown = [k for k in state_dict if k.partition(".")[0] not in names]
-    if unknown: raise ValueError(f"state dict for {owner}: not understood {unknown}; expected entries of {', '.join(names)}")
+    if unknown:
+        raise ValueError(f"state dict for {owner}: not understood {unknown}; expected entries of {', '.join(names)}")
     return {name: part(state_dict, name + ".") for name in names}
 
-# %% ../nbs/4_models/35_interop.ipynb #ca1f99a4
+# %% ../nbs/4_models/35_interop.ipynb #dfca3d64
 class Identity(SequenceModule):
     "y = u, (b l d_model) -> (b l d_model): the layer `id`."
     def __init__(self, d_model):
@@ -64,51 +65,63 @@ SHAPE_FREE = {"_name_", "transposed", "verbose"}               # arguments that 
 def build_attention(given):
     "mha: MultiheadAttention(d_model, n_heads=8, causal=True) of the reference; `heads` is understood too."
     given = {"n_heads" if k == "heads" else k: v for k, v in given.items()}
-    if given.get("_name_", "mha") != "mha": raise NotImplementedError(f"attn: nothing here builds {given['_name_']!r}; known: mha")
+    if given.get("_name_", "mha") != "mha":
+        raise NotImplementedError(f"attn: nothing here builds {given['_name_']!r}; known: mha")
     found = arguments(given, {"d_model": ..., "n_heads": 8, "causal": True, "dropout": 0.0, "bias": True},
                       SHAPE_FREE | {"batch_first"}, "mha")
     return MultiHeadAttention(**found)
 
-
+# %% ../nbs/4_models/35_interop.ipynb #eb31c014
 def build_ffn(given):
+    "ffn: FFN(d_input, expand=2, d_output=None, activation='gelu', dropout, tie_dropout) of the reference."
     found = arguments(given, {"d_model": ..., "expand": 2, "d_output": None, "activation": "gelu", "dropout": 0.0,
                               "tie_dropout": False}, SHAPE_FREE | {"initializer"}, "ffn")
     return FFN(**found)
 
 
 def build_sru(given):
-    found = arguments(given, {"d_model": ..., "d_output": None, "feedback": True}, SHAPE_FREE | {"return_output", "dropout"}, "sru")
+    "sru: SRURNN(d_input, d_model=None, feedback=True) of the reference."
+    found = arguments(given, {"d_model": ..., "d_output": None, "feedback": True},
+                      SHAPE_FREE | {"return_output", "dropout"}, "sru")
     return SRURNN(**found)
 
 
 def build_lstm(given):
-    found = arguments({{"d_hidden": "d_output"}.get(k, k): v for k, v in given.items()}, {"d_model": ..., "d_output": None},
-                      SHAPE_FREE | {"dropout"}, "lstm")
+    "lstm: torch's, with d_hidden features out."
+    given = {"d_output" if k == "d_hidden" else k: v for k, v in given.items()}
+    found = arguments(given, {"d_model": ..., "d_output": None}, SHAPE_FREE | {"dropout"}, "lstm")
     return LSTM(**found)
 
 
-def build_identity(given): return Identity(arguments(given, {"d_model": ...}, SHAPE_FREE | {"dropout"}, "id")["d_model"])
+def build_identity(given):
+    "id: the signal as it is."
+    return Identity(arguments(given, {"d_model": ...}, SHAPE_FREE | {"dropout"}, "id")["d_model"])
 
-# %% ../nbs/4_models/35_interop.ipynb #8f435bdd
-CELLS = {"rnn": RNNCell, "gru": GRUCell, "mrnn": MinimalRNNCell, "grus": GatedSRNNCell, "legs": LegSCell, "legt": LegTCell,
-         "lagt": LagTCell, "glagt": GLagTCell, "lmu": LMUCell, "lmut": LMUTCell, "random": RandomCell, "legts": LegTSCell,
-         "tlsi": TimestampLegSCell, "tlti": TimestampLegTCell}
+# %% ../nbs/4_models/35_interop.ipynb #de90d8b7
+CELLS = {"rnn": RNNCell, "gru": GRUCell, "mrnn": MinimalRNNCell, "grus": GatedSRNNCell, "legs": LegSCell,
+         "legt": LegTCell, "lagt": LagTCell, "glagt": GLagTCell, "lmu": LMUCell, "lmut": LMUTCell, "random": RandomCell,
+         "legts": LegTSCell, "tlsi": TimestampLegSCell, "tlti": TimestampLegTCell}
 OLD_NAMES = {"input_size": "d_input", "hidden_size": "d_model", "max_length": "l_max"}
 PLAIN = {"hidden_activation": "tanh"}
-MEMORY = {"memory_order": -1, "memory_size": 1, "gate": "G", "activation": "tanh", "memory_activation": "id", "architecture": None}
+MEMORY = {"memory_order": -1, "memory_size": 1, "gate": "G", "activation": "tanh", "memory_activation": "id",
+          "architecture": None}
 SLIDING, GROWING = {"dt": None, "discretization": "zoh"}, {"discretization": "bilinear", "init_t": 0, "l_max": 1024}
-OPTIONS = {"rnn": {**PLAIN, "orthogonal": False}, "mrnn": {**PLAIN, "gate": "G"}, "tlsi": MEMORY, "tlti": {**MEMORY, "dt": 0.01},
-           "gru": {**PLAIN, "orthogonal": False, "gate": "G", "reset": "G"}, "grus": {**PLAIN, "gate": "G", "reset": "N"},
-           "random": {**MEMORY, **SLIDING, "dt": 0.01}, "lmu": {**MEMORY, "gate": "N", "theta": 100, "discretization": "zoh"},
-           **{k: {**MEMORY, **SLIDING} for k in ("legt", "lagt", "glagt", "lmut")}, **{k: {**MEMORY, **GROWING} for k in ("legs", "legts")}}
+OPTIONS = {"rnn": {**PLAIN, "orthogonal": False}, "mrnn": {**PLAIN, "gate": "G"},
+           "gru": {**PLAIN, "orthogonal": False, "gate": "G", "reset": "G"},
+           "grus": {**PLAIN, "gate": "G", "reset": "N"}, "random": {**MEMORY, **SLIDING, "dt": 0.01},
+           "lmu": {**MEMORY, "gate": "N", "theta": 100, "discretization": "zoh"},
+           "tlsi": MEMORY, "tlti": {**MEMORY, "dt": 0.01},
+           **dict.fromkeys(("legt", "lagt", "glagt", "lmut"), {**MEMORY, **SLIDING}),
+           **dict.fromkeys(("legs", "legts"), {**MEMORY, **GROWING})}
 OLD_OPTIONS = {"gru": {"reset": "N"}, "legt": {"dt": 0.01}, "lmu": {"gate": "G"}}
 
-
+# %% ../nbs/4_models/35_interop.ipynb #12b57faa
 def make_cell(given, old):
     "A cell from the reference's arguments, of hippo-code if `old`."
     given = {OLD_NAMES.get(k, k): v for k, v in given.items()}
     name = given.get("_name_")
-    if name not in CELLS: raise NotImplementedError(f"cells: nothing here builds {name!r}; known: {', '.join(CELLS)}, sru")
+    if name not in CELLS:
+        raise NotImplementedError(f"cells: nothing here builds {name!r}; known: {', '.join(CELLS)}, sru")
     defaults = {"d_input": ..., "d_model": ..., **OPTIONS[name], **(OLD_OPTIONS.get(name, {}) if old else {})}
     found = arguments(given, defaults, SHAPE_FREE | {"initializers", "l_max"}, name)
     if found.get("memory_order") == -1: found["memory_order"] = None
@@ -123,9 +136,9 @@ def make_cell(given, old):
         cell.memory.register_buffer(name, matrix)                            # part of the checkpoint from here on
     return cell
 
-# %% ../nbs/4_models/35_interop.ipynb #b5f10817
+# %% ../nbs/4_models/35_interop.ipynb #380e6f25
 class ForeignRNN(RNN):
-    "RNN over one of the reference's cells; keeps the arguments, for only a state dict tells of which repository they are."
+    "RNN over one of the reference's cells; keeps its arguments, for only a state dict tells of which repository it is."
     def __init__(self, given, old=False):
         super().__init__(make_cell(given, old))
         self.given = given
@@ -137,9 +150,10 @@ class ForeignRNN(RNN):
 
 
 def build_cell(given):
-    "A cell by `_name_` with d_input and d_model, unrolled: RNN(cell). The names of hippo-code (input_size, …) are understood."
+    "A cell by `_name_` with d_input and d_model, unrolled; hippo-code's names (input_size, …) are understood."
     if given.get("_name_") == "sru":
-        found = arguments(given, {"d_input": ..., "d_model": ..., "residual": "H", "offset": True}, SHAPE_FREE, "sru cell")
+        defaults = {"d_input": ..., "d_model": ..., "residual": "H", "offset": True}
+        found = arguments(given, defaults, SHAPE_FREE, "sru cell")
         return SRU(found.pop("d_input"), found.pop("d_model"), **found)
     return ForeignRNN(given, any(k in OLD_NAMES for k in given))
 
@@ -150,12 +164,13 @@ def build_rnn(given):
     name, cell = named(found["cell"])
     return build_cell({"_name_": name, "d_model": found["d_model"], **cell, "d_input": found["d_model"]})
 
-# %% ../nbs/4_models/35_interop.ipynb #ba061aca
+# %% ../nbs/4_models/35_interop.ipynb #d3a02584
 def check_memory(memory, A):
-    "Raise unless A, stored as Ab - I (n n), or as such a stack for t = 1, 2, … (t n n), or as A itself, is what `memory` has."
+    "Raise unless A, stored as Ab - I (n n), as a stack of it for t = 1, 2, … (t n n), or as itself, is the memory's."
     ours = memory.at(len(A), A)[0] if A.ndim == 3 else memory.A
     if (ours - (A[-1] if A.ndim == 3 else A).to(ours)).abs().max() > 1e-4 * max(1, A.abs().max()):
-        raise ValueError("the matrices in the state dict are not those of these arguments: look at dt, theta, discretization")
+        raise ValueError("the matrices in the state dict are not those of these arguments: look at dt, theta, "
+                         "discretization")
 
 
 def load_rnn(module, state_dict):
@@ -172,49 +187,51 @@ def load_rnn(module, state_dict):
         else: own["memory." + name] = value.reshape(getattr(memory, name).shape)
     load_plain(module.cell, own)
 
-# %% ../nbs/4_models/35_interop.ipynb #21b99ce1
-LAYERS = {"s4": build_s4, "s4d": build_minimal_s4d, "fftconv": build_fftconv,
-          "lssl": lambda given: build_lssl({"d" if k == "d_in" else k: v for k, v in given.items()}),
-          "rnn": build_rnn, "sru": build_sru, "mha": build_attention, "ffn": build_ffn, "lstm": build_lstm, "id": build_identity}
+# %% ../nbs/4_models/35_interop.ipynb #4a0249c3
+LAYERS = {"s4": build_s4, "s4d": build_minimal_s4d, "fftconv": build_fftconv, "lssl": build_lssl, "rnn": build_rnn,
+          "sru": build_sru, "mha": build_attention, "ffn": build_ffn, "lstm": build_lstm, "id": build_identity}
 
-
+# %% ../nbs/4_models/35_interop.ipynb #9eb94c58
 def named(value):
     "A choice given as a name, as {_name_: …, …} or as None: the name and the other arguments."
     if value is None or isinstance(value, str): return value, {}
     return value.get("_name_"), {k: v for k, v in value.items() if k != "_name_"}
 
 
-def build_one(layer, d):
-    "One layer of a sequence model, d features in."
+def build_one(layer, d, dropout=0.0):
+    "One layer of a sequence model, d features in; it drops as much as the model unless it says otherwise."
     name, given = named(layer)
     if name not in LAYERS: raise NotImplementedError(f"no layer {name!r} here; known: {', '.join(LAYERS)}")
-    return LAYERS[name]({("d" if name == "lssl" else "d_model"): d, **given})
+    return LAYERS[name]({("d" if name == "lssl" else "d_model"): d, "dropout": dropout, **given})
 
 
-def choose(table, value, what, **fixed):
+def choose(table, value, what):
     "The entry of `table` that `value` names, with its arguments bound; None for None."
     name, given = named(value)
     if name is None: return None
     name = {"ff": "F"}.get(name, name)
-    if name not in table: raise NotImplementedError(f"{what} {name!r} has no counterpart here; known: {', '.join(table)}")
+    if name not in table:
+        raise NotImplementedError(f"{what} {name!r} has no counterpart here; known: {', '.join(table)}")
     return partial(table[name], **given) if given else table[name]
 
-# %% ../nbs/4_models/35_interop.ipynb #62b15348
-BACKBONE = {"d_model": ..., "n_layers": 1, "layer": ..., "transposed": False, "dropout": 0.0, "tie_dropout": False, "prenorm": True,
-            "bidirectional": False, "n_repeat": 1, "residual": None, "norm": None, "pool": None, "dropinp": 0.0, "drop_path": 0.0}
+# %% ../nbs/4_models/35_interop.ipynb #1b57c984
+BACKBONE = {"d_model": ..., "n_layers": 1, "layer": ..., "transposed": False, "dropout": 0.0, "tie_dropout": False,
+            "prenorm": True, "bidirectional": False, "n_repeat": 1, "residual": None, "norm": None, "pool": None,
+            "dropinp": 0.0, "drop_path": 0.0}
 POOLS = {name: make for name, make in DOWN_POOLS.items() if name in ("sample", "pool", "linear")}
-NORM_NAMES = {"layer": "layer", "batch": "batch", "instance": "instance", "group": "group", "none": "none", None: "none"}
+NORM_NAMES = {**{name: name for name in ("layer", "batch", "instance", "group", "none")}, None: "none"}
 
 
 def build_backbone(given):
     "SequenceModel from the reference's arguments of the same class."
     found = arguments(given, BACKBONE, {"_name_", "track_norms", "L", "d_state"}, "SequenceModel")
     layer, norm, pool = found.pop("layer"), named(found.pop("norm")), choose(POOLS, found.pop("pool"), "pool")
-    if norm[0] not in NORM_NAMES or norm[1]: raise NotImplementedError(f"norm {norm[0]!r} with {norm[1]} has no counterpart here")
+    if norm[0] not in NORM_NAMES or norm[1]:
+        raise NotImplementedError(f"norm {norm[0]!r} with {norm[1]} has no counterpart here")
     group = list(layer) if isinstance(layer, (list, tuple)) else [layer]
     layers, d, n = [], found["d_model"], found["n_layers"] * len(group)
     for i, config in enumerate(group * (found.pop("n_layers") * found["n_repeat"]), 1):
-        make = partial(build_one, config, d)
+        make = partial(build_one, config, d, found["dropout"])
         layers.append(Bidirectional(make(), make(), flip=False) if found["bidirectional"] else make())
         d = layers[-1].d_output
         if pool is not None and i % found["n_repeat"] == 0: d = pool(d).d_output
@@ -222,7 +239,7 @@ def build_backbone(given):
     found |= {"bidirectional": False, "residual": choose(RESIDUALS, found["residual"], "residual")}
     return SequenceModel(n_layers=n, layer=layers, norm=name, pool=pool, **found)
 
-
+# %% ../nbs/4_models/35_interop.ipynb #9b8015aa
 ENCODERS = {"linear": LinearEncoder, "embedding": TokenEncoder}
 
 
@@ -230,13 +247,15 @@ def build_seqmodel(given):
     """Encoder, SequenceModel, decoder: SequenceModel's arguments, d_input and d_output.
 
     Beyond the reference's arguments: encoder "linear" or "embedding" (d_input tokens), decoder a mode of Decoder."""
-    found = arguments(given, {"d_input": ..., "d_output": ..., "encoder": "linear", "decoder": "pool"}, set(given), "seqmodel")
-    if found["encoder"] not in ENCODERS: raise NotImplementedError(f"no encoder {found['encoder']!r}; known: {', '.join(ENCODERS)}")
+    defaults = {"d_input": ..., "d_output": ..., "encoder": "linear", "decoder": "pool"}
+    found = arguments(given, defaults, set(given), "seqmodel")
+    if found["encoder"] not in ENCODERS:
+        raise NotImplementedError(f"no encoder {found['encoder']!r}; known: {', '.join(ENCODERS)}")
     backbone = build_backbone({k: v for k, v in given.items() if k not in found})
     return Model(ENCODERS[found["encoder"]](found["d_input"], backbone.d_model), backbone,
                  Decoder(backbone.d_output, found["d_output"], found["decoder"]))
 
-# %% ../nbs/4_models/35_interop.ipynb #7574f6fb
+# %% ../nbs/4_models/35_interop.ipynb #176aea4b
 def load_block(block, state_dict):
     "ResidualBlock from layer.*, (reverse_layer.*, bidirectional_linear.*), norm.norm.*, residual.*, pool.*."
     names = ["layer", "norm", "residual", "pool"]
@@ -257,8 +276,8 @@ def load_backbone(model, state_dict):
     found = split(state_dict, ["layers", "norm"], "SequenceModel")
     theirs = {k.partition(".")[0] for k in found["layers"]}
     if theirs != {str(i) for i, block in enumerate(model.layers) if block.state_dict()}:
-        raise ValueError(f"the state dict has the layers {', '.join(sorted(theirs))}; the model has {len(model.layers)}: look at "
-                         "n_layers, n_repeat and layer")
+        raise ValueError(f"the state dict has the layers {', '.join(sorted(theirs))}; the model has "
+                         f"{len(model.layers)}: look at n_layers, n_repeat and layer")
     for i, block in enumerate(model.layers): load_block(block, part(found["layers"], f"{i}."))
     load_plain(model.norm, part(found["norm"], "norm."))
 
@@ -268,9 +287,10 @@ def load_model(model, state_dict):
     found = split(state_dict, ["enc", "model", "dec"], "encoder, model and decoder")
     load_plain(model.encoder, found["enc"])
     load_backbone(model.backbone, found["model"])
-    load_linear(model.decoder.linear, split(found["dec"], ["output_transform"], "the decoder")["output_transform"], "the decoder")
+    decoder = split(found["dec"], ["output_transform"], "the decoder")["output_transform"]
+    load_linear(model.decoder.linear, decoder, "the decoder")
 
-# %% ../nbs/4_models/35_interop.ipynb #4808eeb0
+# %% ../nbs/4_models/35_interop.ipynb #52d62693
 def load_sru(layer, state_dict):
     "SRURNN from the fused Linear's weight and bias and the feedback vector, told apart by their shapes."
     own = {tuple(v.shape): k for k, v in layer.state_dict().items()}
@@ -293,20 +313,22 @@ def load_state_spaces(module, state_dict):
     """
     for kind, load in LOADERS:
         if isinstance(module, kind): return load(module, state_dict)
-    raise ValueError(f"load_state_spaces knows kernels, layers, cells and models of this package; got {type(module).__name__}")
+    raise ValueError("load_state_spaces knows kernels, layers, cells and models of this package; got "
+                     f"{type(module).__name__}")
 
 
 def build_layer(given):
     "One layer by `_name_`, its size d_model among the arguments."
-    return build_one({k: v for k, v in given.items() if k != "d_model"}, arguments(given, {"d_model": ...}, set(given), "layer")["d_model"])
+    d = arguments(given, {"d_model": ...}, set(given), "layer")["d_model"]
+    return build_one({k: v for k, v in given.items() if k != "d_model"}, d)
 
-
-KINDS = {"seqmodel": build_seqmodel, "backbone": build_backbone, "layer": build_layer, "cells": build_cell, "lssl": build_lssl,
-         "attn": build_attention}
+# %% ../nbs/4_models/35_interop.ipynb #9fdf9fca
+KINDS = {"seqmodel": build_seqmodel, "backbone": build_backbone, "layer": build_layer, "cells": build_cell,
+         "lssl": build_lssl, "attn": build_attention}
 
 
 def build_state_spaces(kind, params):
-    """A module of this package from the arguments of the reference's constructor; an absent one takes its code's default.
+    """A module of this package from the reference's constructor arguments; an absent one takes its code's default.
 
     kind: seqmodel (SequenceModel's arguments, d_input, d_output → logits (b d_output)), backbone (the same without
     encoder and decoder), layer (_name_, d_model, …), cells (_name_, d_input, d_model, …), lssl (d, d_model=N, measure,

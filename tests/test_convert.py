@@ -86,6 +86,7 @@ def test_stand_ins_keep_what_they_get():
     assert plain(found[0]) is None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_program_is_not_opened(tmp_path):
     path = tmp_path / "script.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from test_parity import cases
+from test_parity import gap as relative
 
 from s4nb.foreign import build_s4
 from s4nb.interop import KINDS, build_state_spaces, load_state_spaces
@@ -10,8 +11,8 @@ from s4nb.models.backbone import NORMS
 from s4nb.models.check import limits
 from s4nb.module import activation
 
-# The reference stores the step matrices of its memories, and the nodes of its DPLR kernels once it has run in float32,
-# as float32 numbers; ours are float64. Without these two, the gaps are 1e-14 and below.
+# Two things stay float32 in the reference when it is turned to float64: the step matrices of LegS, and the nodes at which
+# a DPLR kernel has been evaluated before (with nodes rounded like that, our gaps shrink thirtyfold). All others: 1e-13.
 ROUNDED = 1e-6
 
 
@@ -61,7 +62,7 @@ def test_backbones_and_decoders(vectors):
         with torch.no_grad():
             x = a["x"].double()
             h = model.backbone(model.encoder(x))[0]
-            assert (h - a["h"]).abs().max() < ROUNDED, name
+            assert relative(h, a["h"]) < ROUNDED, (name, relative(h, a["h"]))
             if "lengths" in a:                   # the decoders' reductions, of their h
                 for key in [k for k in a if k.startswith("dec_")]:
                     mode = key.split("_")[1]
@@ -125,7 +126,8 @@ def test_norms_and_activations(vectors):
             norm = NORMS["scalar" if (kind, transposed) == ("layer", True) else kind](x.shape[-1]).double().eval()
             norm.load_state_dict({k.removeprefix("norm."): v for k, v in state_dict.items()})
             gaps[name] = (norm(x) - y).abs().max().item()
-    worst(gaps, 1e-6, 21)                        # the reference's scalar norm has no eps, instance and group norm have
+    assert gaps.pop("act_laplace") < 1e-6        # its constants have six digits there
+    worst(gaps, 1e-13, 20)
 
 
 # --- without the reference ----------------------------------------------------------------------------------------------------------
