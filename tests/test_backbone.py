@@ -270,10 +270,35 @@ def test_a_pool_of_stride_one_can_step():
     assert f.stride == 1 and set(check_model(f).values()) == {"yes"}
 
 
+@pytest.mark.parametrize("norm,prenorm", [("layer", True), ("batch", True), ("instance", False)])
+@pytest.mark.parametrize("residual", ["R", "H", None])
+def test_a_block_alone_keeps_the_promises(norm, prenorm, residual):
+    found = check_model(ResidualBlock(S4Block(4, d_state=4, n_ssm=1), norm, prenorm, residual))
+    assert set(found.values()) <= {"yes", *ResidualBlock(S4Block(4, d_state=4), norm).limits.values()}
+    with pytest.raises(ValueError, match="features come last"):
+        ResidualBlock(S4Block(4, d_state=4))(torch.zeros(2, 5, 3))
+
+
+def test_a_step_without_a_state_begins_at_the_default():
+    f, u = model("diag"), torch.randn(2, 4, dtype=torch.double)
+    close(f.step(u, None)[0], f.step(u, f.default_state(2))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["scalar", "instance", "group"])
+def test_norms_in_half_precision(norm, dtype):
+    "Those written here: one rounding of the result, whatever the sums."
+    x, mask = (3 + torch.randn(2, 1000, 64)).to(dtype), length_mask(torch.tensor([1000, 700]), 1000)
+    y, expected = NORM_CLASSES[norm](64).to(dtype)(x, mask), NORM_CLASSES[norm](64).double()(x.double(), mask)
+    assert y.dtype == dtype
+    close(torch.where(mask, y, 0).double(), torch.where(mask, expected, 0), torch.finfo(dtype).eps)
+    assert NORM_CLASSES[norm](4).to(dtype)(torch.full((2, 3, 4), 0.1, dtype=dtype)).isfinite().all()
+
+
 def test_flip_valid():
     u, lengths = torch.arange(12.0).view(2, 6, 1), torch.tensor([6, 4])
     assert flip_valid(u, lengths).flatten().tolist() == [5, 4, 3, 2, 1, 0, 9, 8, 7, 6, 10, 11]
-    assert torch.equal(flip_valid(u, torch.tensor([6, 6])), flip_valid(u))
+    assert torch.equal(flip_valid(u, [6, 6]), flip_valid(u))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -1,4 +1,5 @@
 """Recurrent cells against the reference's numbers and against torch's own networks."""
+import copy
 import math
 
 import pytest
@@ -68,6 +69,25 @@ def test_rotation_stays_one_through_training_and_in_a_checkpoint():
     assert OrthogonalLinear(1).weight.tolist() == [[1.0]]              # a single feature has nothing to turn into
     x, f = torch.randn(5, 33), model.cell.W_hh
     assert torch.allclose(f(x) - f.bias, x @ W.T, atol=1e-5)
+
+
+def test_rotation_is_remembered_until_A_changes():
+    f = OrthogonalLinear(6)
+    fresh = lambda: torch.linalg.matrix_exp(f.A.triu(1) - f.A.triu(1).T)
+    with torch.no_grad():
+        assert f.weight is f.weight and torch.equal(f.weight, fresh())
+        f.A[0, 3] += 0.5
+        assert torch.equal(f.weight, fresh())
+        f.A.data = torch.randn(6, 6)
+        assert torch.equal(f.weight, fresh())
+        f.load_state_dict(OrthogonalLinear(6).state_dict())
+        assert torch.equal(f.weight, fresh())
+        other = copy.deepcopy(f).double()
+        assert other.weight.dtype == torch.double and other.weight is not f.weight
+    with torch.inference_mode():
+        assert torch.equal(f.weight, fresh())
+    f.weight.sum().backward()                                          # gradients: formed anew
+    assert f.A.grad.any()
 
 
 def test_gates():

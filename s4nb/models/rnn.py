@@ -7,7 +7,7 @@ __all__ = ['VIEWS', 'RATES', 'GATES', 'Cell', 'freeze', 'RNN', 'OrthogonalLinear
            'Gate', 'input_rows', 'hidden_rows', 'GRUCell', 'MinimalRNNCell', 'GatedSRNNCell', 'each', 'TorchRNN', 'GRU',
            'LSTM']
 
-# %% ../../nbs/4_models/24_rnn.ipynb #5a918002
+# %% ../../nbs/4_models/24_rnn.ipynb #d80bffaa
 import math
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..module import SequenceModule, activation, check_input, length_mask, mask_padding, one_of, refuse_rate
+from ..ssm.layer import Noted
 
 # %% ../../nbs/4_models/24_rnn.ipynb #c0540c32
 class Cell(nn.Module):
@@ -47,7 +48,7 @@ class Cell(nn.Module):
         like = next(self.parameters())
         return like.new_zeros(*batch, self.d_model, device=device)
 
-# %% ../../nbs/4_models/24_rnn.ipynb #79d816f7
+# %% ../../nbs/4_models/24_rnn.ipynb #d0c7e788
 def freeze(alive, new, old):
     "`new` in the rows where `alive` (b) is True, `old` in the others; states are tensors or nested tuples or lists."
     if new is None: return None
@@ -56,7 +57,7 @@ def freeze(alive, new, old):
 
 
 class RNN(SequenceModule):
-    "A cell unrolled in time: (b l d_input) -> (b l d_model), one Python step for each position."
+    "A cell unrolled in time: (b l cell.d_input) -> (b l cell.d_output), one Python step for each position."
     def __init__(self, cell):
         super().__init__()
         self.cell, self.d_model, self.d_output = cell, cell.d_input, cell.d_output
@@ -88,25 +89,32 @@ class RNN(SequenceModule):
 
     def _cast(self, u): return u.to(next(self.cell.parameters(), u).dtype)
 
-# %% ../../nbs/4_models/24_rnn.ipynb #db0285c8
+# %% ../../nbs/4_models/24_rnn.ipynb #fa825a16
 class OrthogonalLinear(nn.Module):
     """x (… d) -> W x with W = exp(A - A^T), a rotation whatever A (d d) is; A's upper triangle is what trains.
 
     Lezcano-Casado and Martínez-Rubio 2019. It starts as rotations by tan(t/2), t ~ U(0, pi/2), of the coordinates in
-    pairs (Helfrich et al. 2018)."""
+    pairs (Helfrich et al. 2018). Without gradients W is remembered until A changes."""
     param_options = {"A": {"weight_decay": 0.0}}
 
     def __init__(self, d):
         super().__init__()
         t = torch.rand(d // 2) * math.pi / 2
         i = torch.arange(d // 2) * 2
-        self.A, self.bias = nn.Parameter(torch.zeros(d, d)), nn.Parameter(torch.zeros(d))
+        self.A, self.bias, self._cache = nn.Parameter(torch.zeros(d, d)), nn.Parameter(torch.zeros(d)), None
         with torch.no_grad(): self.A[i, i + 1] = torch.tan(t / 2)
 
     @property
     def weight(self):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling(): return self.rotation()
+        if self._cache is None or not self._cache[0].holds(self.A): self._cache = Noted(self.A), self.rotation()
+        return self._cache[1]
+
+    def rotation(self):
         U = self.A.triu(1)
         return torch.linalg.matrix_exp(U - U.T)
+
+    def __getstate__(self): return {**self.__dict__, "_cache": None}    # copies and pickles start afresh
 
     def forward(self, x): return F.linear(x, self.weight, self.bias)
 
