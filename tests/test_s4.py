@@ -248,6 +248,8 @@ def test_errors_at_run_time():
     dss = S4D(4, 8, disc="dss")
     with pytest.raises(ValueError, match="dss"):
         dss.step(torch.zeros(2, 4), dss.default_state(2))
+    y, state = dss(torch.randn(2, 7, 4))
+    assert y.shape == (2, 7, 4) and state is None and dss.default_state(2) is None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         S4Block(4, 8, l_max=5)(torch.zeros(1, 10, 4))
