@@ -1,5 +1,8 @@
 """HiPPO-RNN cells against numbers of the reference and of hippo-code, and what every sequence model promises."""
 import copy
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -157,3 +160,19 @@ def test_refusals():
     with pytest.raises(ValueError, match="time stamp"): TimestampLegSCell(1, 4)
     with pytest.raises(ValueError, match="method"): MemoryCell(2, 4, SlidingMemory("legt", 4, 0.1, "exact"))
     with pytest.raises(ValueError, match="rate"): RNN(LegSCell(2, 4))(torch.zeros(1, 2, 2), rate=0.5)
+
+
+def test_compiled_models_use_the_tables():
+    "The matrices are looked up, not traced: no warning about the cache, one table."
+    scaled_chunk.cache_clear()
+    torch._dynamo.reset()
+    model, u = RNN(LegSCell(2, 4, 5)), torch.randn(2, 12, 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache.*")
+        y, _ = torch.compile(model, backend="aot_eager")(u)
+    assert torch.allclose(y, model(u)[0], atol=1e-6) and scaled_chunk.cache_info().misses == 1
+
+
+def test_import_leaves_the_compiler_alone():
+    code = "import sys, s4nb.models.memory_rnn, s4nb.models.scan_rnn; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -108,7 +108,7 @@ def scaled_chunk(measure, N, discretization, lower_solve, i, dtype, device):
         A, B = scaled_matrices(measure, N, discretization, t, lower_solve)
         return A.to(device, dtype), B.to(device, dtype)
 
-# %% ../../nbs/4_models/26_memory_rnn.ipynb #4b147b99
+# %% ../../nbs/4_models/26_memory_rnn.ipynb #a0ac1fe7
 class ScaledMemory(Memory):
     """A memory that ages as it goes: t = init_t, init_t + 1, … is a step of c' = (A c + B u)/t; t = 0 writes (u, 0, …).
 
@@ -129,8 +129,9 @@ class ScaledMemory(Memory):
         A, B = scaled_chunk(self.measure, self.N, self.discretization, self.lower_solve, i, m.dtype, m.device)
         return A[k], B[k]
 
-    @torch.compiler.disable   # which matrices are needed is decided by the values of t
     def write(self, m, u, clock, time):
+        if torch.compiler.is_compiling():   # the values of t decide which matrices are needed: this part runs as it is
+            return torch.compiler.disable(self.write)(m, u, clock, time)
         t = clock[0]
         times, row = (t if self.l_max is None else t.clamp(max=self.l_max)).unique(return_inverse=True)
         if len(times) == 1: return add(m, u, *self.at(int(times), m)), (t + 1,)
