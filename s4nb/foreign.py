@@ -8,11 +8,11 @@ __all__ = ['IGNORED', 'MODES', 'S4_ARGUMENTS', 'TRAINING_ONLY', 'LSSL_MEASURES',
            'build_fftconv', 'build_minimal_s4d', 'transition_matrices', 'StretchedKernel', 'ForeignLSSL', 'build_lssl',
            'load_lssl']
 
-# %% ../nbs/4_models/34_foreign.ipynb #99f09ea0
+# %% ../nbs/4_models/34_foreign.ipynb #26df692a
 import torch
 from torch import nn
 
-from .module import SequenceModule, one_of
+from .hippo.discretization import discretize
 from .s4.block import S4Block
 from .s4.kernels import ConvKernel, DiagKernel, DPLRKernel, SSMOptions, StructuredKernel
 from .ssm.krylov import krylov
@@ -217,10 +217,20 @@ def transition_matrices(found, N):
     a, b = p["a"].reshape(-1, 1, 1), p["b"].reshape(-1, 1)
     return -(ones.expand(N, N).tril() + a * eye), b * ones
 
-# %% ../nbs/4_models/34_foreign.ipynb #a50b72ed
+# %% ../nbs/4_models/34_foreign.ipynb #96edb61b
 class StretchedKernel(DenseKernel):
-    "DenseKernel whose Ab, not Bb, takes steps of dt * round(l_max / L) for a sequence of another length than l_max."
-    l_max = None
+    """DenseKernel with A, B in float64 whose Ab, not Bb, takes steps of dt * round(l_max / L) at other lengths than l_max."""
+    def __init__(self, d_model, d_state=64, channels=1, l_max=None, **given):
+        super().__init__(d_model, d_state, channels, **given)
+        self.l_max = l_max
+        for name in "AB": getattr(self, name).data = getattr(self, name).double()
+
+    def discrete(self, rate=1.0):
+        "Ab (h n n), Bb (h n) at step dt * rate, computed in float64."
+        A, B = (getattr(self, name).double() for name in "AB")
+        copies, dt = self.d_model // len(A), self.inv_dt[:, 0].double().exp() * rate
+        Ab, Bb = discretize(A.repeat(copies, 1, 1), B.repeat(copies, 1), dt, self.disc)
+        return Ab.to(self.C.dtype), Bb.to(self.C.dtype)
 
     def stretch(self, L): return 1 if self.l_max is None else round(self.l_max / L)
 
@@ -247,9 +257,8 @@ class ForeignLSSL(SSMLayer):
 
     def __init__(self, d_model, d_state=64, channels=1, n_ssm=1, learn=(), activation="gelu", ff=True, bias=False,
                  dropout=0.0, l_max=None):
-        kernel = StretchedKernel(d_model, d_state, channels, n_ssm=n_ssm, learn=learn)
+        kernel = StretchedKernel(d_model, d_state, channels, l_max, n_ssm=n_ssm, learn=learn)
         super().__init__(kernel, activation, "id" if ff else None, dropout=dropout, swap_channels=True)
-        kernel.l_max = l_max
         self.E = nn.Parameter(torch.zeros(channels, d_model)) if bias else None
 
     def output(self, y, dtype):
