@@ -118,7 +118,7 @@ def linear_attention(q, k, v, causal=True, eps=1e-6, state=None, chunk=64):
         S = S[..., -1, :, :]
     return y[..., :-1] / (y[..., -1:] + floor), (S[..., :-1], S[..., -1])
 
-# %% ../../nbs/4_models/27_attention.ipynb #81ac9d7a
+# %% ../../nbs/4_models/27_attention.ipynb #10cff784
 class LinearAttention(AttentionHeads):
     """Attention with the kernel phi(q)·phi(k), phi = elu + 1, in place of exp(q·k / sqrt e). Katharopoulos et al. 2020.
 
@@ -132,7 +132,7 @@ class LinearAttention(AttentionHeads):
         return F.elu(q) + 1, F.elu(k) + 1
 
     def attend(self, q, k, v, valid, state):
-        with torch.autocast(q.device.type, enabled=False):                 # sums over a whole sequence: at least float32
+        with torch.autocast(q.device.type, enabled=False):                 # sums over a sequence: at least float32
             dtype = torch.promote_types(q.dtype, torch.float32)
             q, k = self.features(q.to(dtype), k.to(dtype))
             if valid is not None: k = k.masked_fill(~valid[:, None, :, None], 0)
@@ -145,7 +145,7 @@ class LinearAttention(AttentionHeads):
         S = w.new_zeros(*batch, self.n_heads, self.n_features, e, device=device, dtype=dtype)
         return S, S[..., 0].clone()
 
-# %% ../../nbs/4_models/27_attention.ipynb #9e1b12eb
+# %% ../../nbs/4_models/27_attention.ipynb #06d0820c
 def orthogonal_projection(m, e, generator=None):
     """m random directions (m e) in float64, each N(0, I) by itself, orthogonal within every block of e rows.
     Choromanski et al. 2021, section 2.4."""
@@ -153,16 +153,16 @@ def orthogonal_projection(m, e, generator=None):
     for _ in range(-(-m // e)):
         G, lengths = torch.randn(2, e, e, dtype=torch.float64, generator=generator)
         Q, R = torch.linalg.qr(G)
-        Q = Q * R.diagonal().sign()                                        # without it Q_ii < 0: LAPACK's choice, a bias
+        Q = Q * R.diagonal().sign()                                        # without it LAPACK's Q_ii lean to < 0: a bias
         blocks.append(Q.mT * lengths.norm(dim=-1, keepdim=True))
     return torch.cat(blocks)[:m]
 
-# %% ../../nbs/4_models/27_attention.ipynb #2e31c16b
+# %% ../../nbs/4_models/27_attention.ipynb #c040f195
 def softmax_features(x, projection, is_query, eps=1e-4, reference=False):
-    """Positive features phi (… l m) of x (… l e) with E[phi(q)·phi(k)] = exp(q·k / sqrt e). Choromanski et al. 2021, eq. 5.
+    """Positive features phi (… l m) of x (… l e): E[phi(q)·phi(k)] = exp(q·k / sqrt e). Choromanski et al. 2021, eq. 5.
 
-    Queries are scaled by a factor of their own row, which attention divides out. reference=True: the factors of the
-    reference, for keys one of all of them, past and future."""
+    projection (m e) holds the directions. Queries are scaled by a factor of their own row, which attention divides
+    out. reference=True: the factors of the reference, for keys one of all of them, past and future."""
     w, x = projection.to(x.dtype), x * x.shape[-1] ** -0.25
     a, half = x @ w.mT, x.square().sum(-1, keepdim=True) / 2
     if reference: a = a - half - (a.amax(-1, keepdim=True) if is_query else a.amax())
