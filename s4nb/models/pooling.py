@@ -7,13 +7,12 @@ __all__ = ['DOWN_POOLS', 'UP_POOLS', 'window', 'Down', 'DownSample', 'DownAvgPoo
            'DownPool', 'resample', 'DownSpectralPool', 'Up', 'UpAvgPool', 'UpLinearPool', 'UpPool', 'select',
            'Hourglass']
 
-# %% ../../nbs/4_models/21_pooling.ipynb #c6a65ad3
+# %% ../../nbs/4_models/21_pooling.ipynb #a7dbf898
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from .check import limits
 from ..module import SequenceModule, activation, check_input, is_glu, length_mask, mask_padding
 
 # %% ../../nbs/4_models/21_pooling.ipynb #3ddeb83e
@@ -23,16 +22,18 @@ def window(x, start, size):
     rows = x.gather(1, t.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
     return rows.masked_fill(((t < 0) | (t >= x.shape[1]))[..., None], 0)
 
-# %% ../../nbs/4_models/21_pooling.ipynb #5ed3b8b5
+# %% ../../nbs/4_models/21_pooling.ipynb #6b6ed7a9
 def _widths(d_model, stride, expand, up=False):
     "The d_output of a pool, d_model * expand or d_model / expand (expand None: d_model), all three checked."
-    if not isinstance(stride, int) or stride < 1: raise ValueError(f"stride must be an integer of at least 1, got {stride}")
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride must be an integer of at least 1, got {stride}")
     if expand is None: return d_model
-    if not isinstance(expand, int) or expand < 1: raise ValueError(f"expand must be None or a positive integer, got {expand}")
+    if not isinstance(expand, int) or expand < 1:
+        raise ValueError(f"expand must be None or a positive integer, got {expand}")
     if up and d_model % expand: raise ValueError(f"{d_model} features cannot be divided by expand={expand}")
     return d_model // expand if up else d_model * expand
 
-
+# %% ../../nbs/4_models/21_pooling.ipynb #9b69610b
 class Down(SequenceModule):
     """Every `stride` inputs become one frame: (b l d_model) -> (b l // stride d_output); a subclass defines `frames`.
 
@@ -48,7 +49,7 @@ class Down(SequenceModule):
         raise NotImplementedError(f"{type(self).__name__} defines no frames")
 
     def count(self, u, state=None, lengths=None):
-        "How many whole frames (b) the first `lengths` (b) inputs of u (b l d_model), None: all, complete after `state`."
+        "How many frames (b) the first `lengths` (b) inputs of u (b l d_model), None: all, complete after `state`."
         n = torch.full((len(u),), u.shape[1], device=u.device) if lengths is None else lengths
         return n // self.stride if state is None else (state[1] + n) // self.stride
 
@@ -59,7 +60,7 @@ class Down(SequenceModule):
         return y, self.advance(u, state, lengths) if return_state else None
 
     def collect(self, u, state=None):
-        "The frames (b k s d_model) that the inputs u (b l d_model) complete; with rows out of phase, k is the largest number."
+        "The frames (b k s d_model) that u (b l d_model) completes; of rows out of phase the one with most gives k."
         if state is None:
             k = u.shape[1] // self.stride
             return u[:, :k * self.stride].unflatten(1, (k, self.stride))
@@ -113,7 +114,7 @@ class DownLinearPool(Down):
 
     def frames(self, x): return self.linear(rearrange(x, "b k s h -> b k (h s)"))
 
-# %% ../../nbs/4_models/21_pooling.ipynb #bed17edb
+# %% ../../nbs/4_models/21_pooling.ipynb #17332ea8
 class WeightNormLinear(nn.Module):
     "Linear with the weight g v / |v|, a length and a direction for each output. Salimans and Kingma 2016, eq. 2."
 
@@ -126,7 +127,7 @@ class WeightNormLinear(nn.Module):
     def forward(self, x):
         return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)), self.bias)
 
-
+# %% ../../nbs/4_models/21_pooling.ipynb #b9098c64
 def _linear(d_input, d_output, weight_norm, act):
     "Linear and the activation called `act` on it, which may halve the features."
     make = WeightNormLinear if weight_norm else nn.Linear
@@ -142,13 +143,13 @@ class DownPool(Down):
 
     def frames(self, x): return self.activation(self.linear(rearrange(x, "b k s h -> b k (h s)")))
 
-# %% ../../nbs/4_models/21_pooling.ipynb #de88fd05
+# %% ../../nbs/4_models/21_pooling.ipynb #03e2092e
 def resample(x, k):
-    "x (… l) -> (… k), k <= l: the k samples of the band-limited periodic signal that keeps the lowest frequencies of x."
+    "x (… l) -> (… k), k <= l: k samples of the periodic signal made of the lowest frequencies of x."
     X = torch.fft.rfft(x.float() if x.dtype in (torch.bfloat16, torch.half) else x)[..., :k // 2 + 1]
     return torch.fft.irfft(X, k) * (k / x.shape[-1])
 
-
+# %% ../../nbs/4_models/21_pooling.ipynb #a9fe2c60
 class DownSpectralPool(Down):
     """The lowest frequencies of the whole sequence, (b l d_model) -> (b l // stride d_output). Rippel et al. 2015.
 
@@ -178,7 +179,7 @@ class DownSpectralPool(Down):
     def step(self, u, state): raise ValueError(self.limits["step"] + ": use forward")
     def default_state(self, *batch, device=None): return None
 
-# %% ../../nbs/4_models/21_pooling.ipynb #5db45326
+# %% ../../nbs/4_models/21_pooling.ipynb #d5be6cce
 class Up(SequenceModule):
     """Each frame becomes `stride` outputs, one frame later: (b k d_model) -> (b k * stride d_output).
 
@@ -218,7 +219,7 @@ class Up(SequenceModule):
         dtype = next((p.dtype for p in self.parameters()), None)
         return torch.zeros(*batch, self.stride, self.d_output, device=device, dtype=dtype)
 
-
+# %% ../../nbs/4_models/21_pooling.ipynb #6fd22048
 class UpAvgPool(Up):
     "Linear to d_model / expand features (expand None: no Linear), and every frame repeated."
 
@@ -253,14 +254,14 @@ DOWN_POOLS = {"sample": DownSample, "pool": DownAvgPool, "linear": DownLinearPoo
               "sashimi": DownPool}
 UP_POOLS = {"sample": UpAvgPool, "pool": UpAvgPool, "linear": UpLinearPool, "sashimi": UpPool}
 
-# %% ../../nbs/4_models/21_pooling.ipynb #fb098f8c
+# %% ../../nbs/4_models/21_pooling.ipynb #edc837b8
 def select(rows, new, old):
     "Of two states of the same structure, `new` where rows (b) is true and `old` elsewhere."
     if new is None: return None
     if isinstance(new, (tuple, list)): return type(new)(select(rows, n, o) for n, o in zip(new, old))
     return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)
 
-
+# %% ../../nbs/4_models/21_pooling.ipynb #452e61a7
 class Hourglass(SequenceModule):
     """up(inner(down(u))): (b l d) -> (b l up.d_output), for every l; `inner` runs once every `stride` inputs.
 
@@ -276,7 +277,7 @@ class Hourglass(SequenceModule):
                              f"strides {sizes[2]}; each pair must be equal")
         self.down, self.inner, self.up = down, inner, up
         self.d_model, self.d_output, self.stride = down.d_model, up.d_output, down.stride
-        found = {**limits(down), **limits(inner), **limits(up)}
+        found = {name: reason for part in self.modules() for name, reason in getattr(part, "limits", {}).items()}
         self.limits = {name: found[name] for name in ("step", "state") if name in found}
 
     def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
@@ -302,7 +303,8 @@ class Hourglass(SequenceModule):
         if state is not None: raise ValueError(self.limits["state"] + ": pass state=None")
         s, L, frames = self.stride, u.shape[1], None
         if lengths is not None: u, frames = mask_padding(u, lengths), (lengths + s - 1) // s
-        z, _ = self.down(F.pad(u, (0, 0, 0, -L % s)), lengths=frames if frames is None else frames * s, return_state=False)
+        filled = None if frames is None else frames * s
+        z, _ = self.down(F.pad(u, (0, 0, 0, -L % s)), lengths=filled, return_state=False)
         z, _ = self.inner(z, lengths=frames, rate=rate, return_state=False)
         return self.up(z, lengths=frames, return_state=False)[0][:, :L]
 
