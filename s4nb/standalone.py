@@ -139,7 +139,7 @@ def in_order(module, after, done=()):
         done = in_order(used, after, done)
     return [m for m in done if m != module] + [module]
 
-# %% ../nbs/4_models/37_standalone.ipynb #71aa7f2a
+# %% ../nbs/4_models/37_standalone.ipynb #ab7add44
 HEADER = '''"""{name}: one file, cut out of s4nb {version} by `s4nb standalone {choice}`. It needs torch and einops.
 
 {about}
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     assert gap < 1e-4
 '''
 
-
+# %% ../nbs/4_models/37_standalone.ipynb #482faa10
 def meaning(place):
     "What an import line brings in, however it is written; other places as they are."
     if not isinstance(place, str):
