@@ -1,4 +1,4 @@
-"""Attention: against the reference's numbers, torch's own module and quadratic sums; caches of rows of unequal length."""
+"""Attention: against the reference's numbers, torch's own module, quadratic sums; caches of rows of unequal length."""
 import json
 
 import numpy as np
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from s4nb.models.attention import (LinearAttention, MultiHeadAttention, Performer, linear_attention, orthogonal_projection,
-                                   softmax_features, visible)
+from s4nb.models.attention import (LinearAttention, MultiHeadAttention, Performer, linear_attention,
+                                   orthogonal_projection, softmax_features, visible)
 from s4nb.models.check import check_model
 from s4nb.module import activation
 
@@ -53,7 +53,8 @@ def test_performer_of_the_reference(vectors):
     found = list(cases(vectors, "performer_"))
     for name, heads, a in found:
         q, k, v = (split(a[x], heads) for x in "qkv")
-        phi_q, phi_k = (softmax_features(x, a["projection"], query, reference=True) for x, query in ((q, True), (k, False)))
+        phi_q = softmax_features(q, a["projection"], True, reference=True)
+        phi_k = softmax_features(k, a["projection"], False, reference=True)
         assert max(gap(phi_q, a["phi_q"]), gap(phi_k, a["phi_k"])) <= 1e-12, name
         assert gap(linear_attention(phi_q, phi_k, v, "True" in name)[0], split(a["y"], heads)) <= 1e-12, name
     assert len(found) == 2
@@ -202,7 +203,7 @@ def test_projection():
 
 def test_features_of_large_inputs_are_finite():
     w = orthogonal_projection(256, 64, torch.Generator().manual_seed(0)).float()
-    worst = 64 ** 0.25 * w                                                 # a key on top of its direction: the largest feature
+    worst = 64 ** 0.25 * w                                             # keys on top of their directions: the largest features
     for x in (worst, 100 * torch.randn(9, 64)):
         for query in (True, False): assert softmax_features(x, w, query).isfinite().all()
 

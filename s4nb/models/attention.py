@@ -145,7 +145,7 @@ class LinearAttention(AttentionHeads):
         S = w.new_zeros(*batch, self.n_heads, self.n_features, e, device=device, dtype=dtype)
         return S, S[..., 0].clone()
 
-# %% ../../nbs/4_models/27_attention.ipynb #06d0820c
+# %% ../../nbs/4_models/27_attention.ipynb #4cc1dbfd
 def orthogonal_projection(m, e, generator=None):
     """m random directions (m e) in float64, each N(0, I) by itself, orthogonal within every block of e rows.
     Choromanski et al. 2021, section 2.4."""
@@ -153,7 +153,7 @@ def orthogonal_projection(m, e, generator=None):
     for _ in range(-(-m // e)):
         G, lengths = torch.randn(2, e, e, dtype=torch.float64, generator=generator)
         Q, R = torch.linalg.qr(G)
-        Q = Q * R.diagonal().sign()                                        # without it LAPACK's Q_ii lean to < 0: a bias
+        Q = Q * R.diagonal().sign()                                        # or LAPACK's Q_ii lean below 0: a bias
         blocks.append(Q.mT * lengths.norm(dim=-1, keepdim=True))
     return torch.cat(blocks)[:m]
 
