@@ -203,7 +203,7 @@ def test_projection():
 
 def test_features_of_large_inputs_are_finite():
     w = orthogonal_projection(256, 64, torch.Generator().manual_seed(0)).float()
-    worst = 64 ** 0.25 * w                                             # keys on top of their directions: the largest features
+    worst = 64 ** 0.25 * w                                             # keys on top of their directions
     for x in (worst, 100 * torch.randn(9, 64)):
         for query in (True, False): assert softmax_features(x, w, query).isfinite().all()
 
