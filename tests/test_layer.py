@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from s4nb.ops.convolution import MANY, fast_length
+from s4nb.s4.block import S4D, S4Block
 from s4nb.ssm import views
 from s4nb.ssm.layer import Kernel, SSMLayer
 from s4nb.ssm.lssl import DenseKernel
@@ -211,3 +212,14 @@ def test_errors():
     with pytest.raises(ValueError, match="l_max"): layer(l_max=0)
     with pytest.raises(ValueError, match="offset"): layer(offset=2)
     with pytest.raises(ValueError, match="unknown activation"): layer(final_act="gluu")
+
+
+def test_half_precision_parameters_are_refused_clearly():
+    f, u = S4D(4, 8).bfloat16(), torch.randn(2, 5, 4, dtype=torch.bfloat16)
+    for call in (lambda: f(u), lambda: f.step(u[:, 0], None)):
+        with pytest.raises(ValueError, match="torch.autocast"): call()
+
+
+def test_a_step_without_a_state_starts_from_the_default():
+    f, u = S4Block(4, 8), torch.randn(2, 4)
+    for a, b in zip(f.step(u, None), f.step(u, f.default_state(2))): assert torch.equal(a, b)

@@ -82,7 +82,7 @@ class Kernel(nn.Module):
         "The zero state of leading shape `batch`."
         raise NotImplementedError
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #5c73c677
+# %% ../../nbs/2_lssl/09_layer.ipynb #eda2a0bd
 CUT = "the kernel is cut to {} of {} steps (l_max): forward forgets beyond them, the state and step do not"
 
 
@@ -97,12 +97,20 @@ def _pointwise(names, width):
     return nn.Sequential(*acts), width
 
 
+def _precise(u, dtype):
+    "u in the dtype of the parameters; half precision raises, since long powers need the digits of float32."
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"an SSM layer computes in float32 or float64, but its parameters are {dtype}: keep the model in "
+                         "float32 and use torch.autocast")
+    return u.to(dtype)
+
+
 def _mix(width, d_output, final_act):
     "Linear and activation, width -> d_output features; a gated activation gets twice as many to halve."
     features = 2 * d_output if is_glu(final_act) else d_output
     return nn.Sequential(nn.Linear(width, features), activation(final_act, d_output))
 
-# %% ../../nbs/2_lssl/09_layer.ipynb #d9cc2c43
+# %% ../../nbs/2_lssl/09_layer.ipynb #63859c66
 class SSMLayer(SequenceModule):
     """y = mix(act(K * u + D u)): (b l h) -> (b l d_output), for any kernel object with the methods of `Kernel`.
 
@@ -134,7 +142,7 @@ class SSMLayer(SequenceModule):
             raise ValueError("a bidirectional layer sees the whole sequence and takes no state: pass state=None")
         if lengths is not None: u, lengths = mask_padding(u, lengths), torch.as_tensor(lengths, device=u.device)
         with torch.autocast(u.device.type, enabled=False):
-            v = rearrange(u, "b l h -> b h l").to(self.D.dtype)
+            v = _precise(rearrange(u, "b l h -> b h l"), self.D.dtype)
             keep = return_state and "state" not in self.limits
             y = self.convolve(v, state, rate, warn=keep)
             state = self.kernel.advance(v, state, rate, lengths) if keep else None
@@ -157,11 +165,12 @@ class SSMLayer(SequenceModule):
         return (y if self.mix is None else self.mix(y)).to(dtype)
 
     def step(self, u, state):
-        "u (b h), state -> y (b d_output), state; remembers forever, also where l_max cuts the kernel of forward."
+        "u (b h), state or None -> y (b d_output), state; remembers forever, also where l_max cuts forward's kernel."
         check_input(u, self.d_model, ndim=2)
         if self.bidirectional: raise ValueError("a bidirectional layer needs the future and cannot step: use forward")
+        if state is None: state = self.default_state(len(u), device=u.device)
         with torch.autocast(u.device.type, enabled=False):
-            v = u.to(self.D.dtype)
+            v = _precise(u, self.D.dtype)
             y, state = self.kernel.step(v, state)
             y = y + self.D * v[:, None]
         return self.output(y[:, None], u.dtype)[:, 0], state
