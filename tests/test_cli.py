@@ -7,6 +7,7 @@ import sys
 import pytest
 from house import ROOT
 
+from s4nb.training.experiments import EXPERIMENTS, Constant, experiment
 from s4nb.training.run import main
 
 SMALL = ["experiment=listops-mini", "dataset.sizes=[640,32,32]", "model.d_model=8", "model.n_layers=1", "trainer.max_epochs=1", "trainer.threads=1"]
@@ -44,6 +45,16 @@ def test_hydra_shows_the_configuration(tmp_path, monkeypatch, capsys):
     assert main(["train", "experiment=lra-listops", "model/layer=s4d", "--cfg", "job"]) == 0
     shown = capsys.readouterr().out
     assert "init: diag-lin" in shown and "n_layers: 6" in shown and list(tmp_path.iterdir()) == []
+
+
+def test_a_constant_learning_rate(tmp_path, monkeypatch, capsys):
+    "Another choice of a group replaces the experiment's, and what it has no field for."
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "experiment=listops-mini", "scheduler=constant", "--cfg", "job"]) == 0
+    assert "warmup" not in capsys.readouterr().out
+    e = experiment("listops-mini", "scheduler=constant")
+    assert isinstance(e.scheduler, Constant) and e.scheduler.warmup is None
+    assert experiment("listops-mini").scheduler == EXPERIMENTS["listops-mini"].scheduler
 
 
 @pytest.mark.parametrize("arguments,text", [

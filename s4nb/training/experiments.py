@@ -8,12 +8,12 @@ __all__ = ['MISSING', 'GROUPS', 'EXPERIMENTS', 'S4Layer', 'S4DLayer', 'LSSLLayer
            'choices_of', 'differences', 'node_of', 'register', 'split_override', 'keys_of', 'check', 'check_key',
            'compose', 'experiment']
 
-# %% ../../nbs/6_training/57_experiments.ipynb #effdf097
+# %% ../../nbs/6_training/57_experiments.ipynb #363a188a
 import dataclasses
 import difflib
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, ClassVar, Dict, List, Optional
 
 from ..data.listops import ListOps
 from ..models.backbone import NORMS, SequenceModel
@@ -137,7 +137,7 @@ class ListOpsMiniData(ListOpsData):
     "The same language with expressions of 64 to 256 tokens."
     name: str = "listops-mini"
 
-# %% ../../nbs/6_training/57_experiments.ipynb #2c3d7aa8
+# %% ../../nbs/6_training/57_experiments.ipynb #2c336251
 @dataclass
 class AdamW:
     "AdamW with the parameter groups of s4nb.training.optimization."
@@ -155,8 +155,8 @@ class CosineWarmup:
 @dataclass
 class Constant:
     "The learning rate stays."
-    warmup: Optional[int] = None
-    total: Optional[int] = None
+    warmup: ClassVar[None] = None
+    total: ClassVar[None] = None
 
 
 @dataclass
@@ -262,7 +262,7 @@ def node_of(e, chosen=None):
         parent[last] = {name: value for name, value in differences(e, group).items() if name in fields}
     return node
 
-# %% ../../nbs/6_training/57_experiments.ipynb #18f16510
+# %% ../../nbs/6_training/57_experiments.ipynb #9a29879a
 def register(chosen=None):
     "Puts the groups and the table into Hydra's ConfigStore, under the configuration `train`; chosen as in node_of."
     from hydra.core.config_store import ConfigStore
@@ -273,7 +273,7 @@ def register(chosen=None):
     for name, e in EXPERIMENTS.items():
         store.store(group="experiment", name=name, node=node_of(e, chosen), package="_global_")
     defaults = [{group: next(iter(options))} for group, options in GROUPS.items()]
-    store.store(name="schema", node=Experiment)
+    store.store(name="schema", node=Experiment(**{group: MISSING for group in GROUPS if "/" not in group}))
     store.store(name="train", node={"defaults": ["schema", *defaults, {"experiment": MISSING}, "_self_"]})
 
 # %% ../../nbs/6_training/57_experiments.ipynb #18740686
