@@ -54,7 +54,7 @@ def agree(prop, got, expected, tolerance=1e-9):
         error = (got - expected).abs().max().item() / size if expected.numel() else 0.0
         assert error <= tolerance, f"{prop}: differs by {error:.1e} of the largest value; at most {tolerance:.0e} is allowed"
 
-# %% ../../nbs/4_models/20_check.ipynb #9a248c23
+# %% ../../nbs/4_models/20_check.ipynb #3fdece9f
 def run_steps(model, u, state):
     "The outputs (b l d_output) of `model.step` along u (b l d_model), and the last state."
     ys = []
@@ -72,7 +72,7 @@ def run_chunks(model, u, sizes, state=None):
         ys.append(y)
     return torch.cat(ys, 1), state
 
-
+# %% ../../nbs/4_models/20_check.ipynb #d8a7de95
 def check_shapes(model, u):
     "Every b and l, finite values, and rows that do not touch each other."
     for x in (u, u[:1], u[:, :1], torch.cat([u, u], 1)):
@@ -136,7 +136,7 @@ def check_padding(model, u):
     for i, l in enumerate(lengths):
         agree("padding", y[i:i + 1, :l], model(u[i:i + 1, :l])[0])
 
-# %% ../../nbs/4_models/20_check.ipynb #5c0f0cac
+# %% ../../nbs/4_models/20_check.ipynb #32c7f358
 def check_gradients(model, u):
     "Every trainable parameter takes part."
     with torch.enable_grad():
@@ -161,7 +161,7 @@ def check_copies(model, u):
     other.load_state_dict(torch.load(file, weights_only=True))
     agree("copies (state dict)", other(u)[0], expected)
 
-
+# %% ../../nbs/4_models/20_check.ipynb #a93e7b12
 def check_double(model, u):
     "A copy in float32 against the float64 model."
     y = copy.deepcopy(model).float()(u.float())[0]
