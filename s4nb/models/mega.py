@@ -15,7 +15,7 @@ from .blocks import FFN
 from ..module import SequenceModule, TiedDropout, activation, check_input, mask_padding, one_of
 from ..s4.block import S4Block
 
-# %% ../../nbs/4_models/31_mega.ipynb #98e6dcaa
+# %% ../../nbs/4_models/31_mega.ipynb #49f6b8ba
 class SimpleBias(nn.Module):
     """One learned number for each lag i - j below max_positions; all lags beyond share the last one. Lags (…) -> (…).
 
@@ -30,13 +30,14 @@ class SimpleBias(nn.Module):
 
 
 class RotaryBias(nn.Module):
-    """(R_i alpha)·(R_j beta), where R_t rotates the k-th of d_attin / 2 pairs by t theta_k, theta_k = 10000^(-2k/d_attin).
+    """(R_i alpha)·(R_j beta), where R_t turns the k-th of d_attin / 2 pairs by t theta_k, theta_k = 10000^(-2k/d_attin).
 
     It depends on the lag i - j alone, at any distance. Lags (…) -> (…)."""
     def __init__(self, d_attin):
         super().__init__()
         if d_attin % 2: raise ValueError(f"rotary turns pairs of numbers: d_attin={d_attin} must be even")
-        self.alpha, self.beta = (nn.Parameter(0.02 * torch.randn(d_attin)) for _ in range(2))
+        start = 0.02 * torch.randn(d_attin)                    # equal: small lags start above 0, where relu2 can learn
+        self.alpha, self.beta = nn.Parameter(start), nn.Parameter(start.clone())
 
     def forward(self, lag):
         (a, b), (c, d), half = self.alpha.chunk(2), self.beta.chunk(2), len(self.alpha) // 2
@@ -44,7 +45,7 @@ class RotaryBias(nn.Module):
         angle = lag.unsqueeze(-1) * theta
         return angle.cos() @ (a * c + b * d) + angle.sin() @ (a * d - b * c)
 
-# %% ../../nbs/4_models/31_mega.ipynb #9c4500fa
+# %% ../../nbs/4_models/31_mega.ipynb #37a32cb5
 def take(x, index):
     "x (b t e) at index (b l), or (1 l) for all rows -> (b l e)."
     return x.gather(1, index[..., None].expand(len(x), -1, x.shape[-1]))
@@ -53,13 +54,13 @@ def take(x, index):
 def aligned(old, new, start, T):
     """Rows from the beginning of their chunk on: the first start (b) of old (b t e), then new (b l e) -> (b T e).
 
-    What stands behind these is arbitrary, and finite."""
+    What stands behind these is arbitrary, and finite. old None: no row has begun a chunk."""
     if old is None or old.shape[1] == 0: return F.pad(new, (0, 0, 0, T - new.shape[1]))
     p, t, l = torch.arange(T, device=new.device), old.shape[1], new.shape[1]
     index = torch.where(p < start[:, None], p, p + t - start[:, None]).clamp(max=t + l - 1)
     return take(torch.cat([old, new], 1), index)
 
-# %% ../../nbs/4_models/31_mega.ipynb #bc9f57dd
+# %% ../../nbs/4_models/31_mega.ipynb #2edad523
 class ChunkAttention(nn.Module):
     """One head of attention within chunks: z (b l d_attin), v (b l d_attout) -> (b l d_attout), state.
 
@@ -80,7 +81,7 @@ class ChunkAttention(nn.Module):
         self.rel_pos_bias = SimpleBias(max_positions, causal) if rel_pos_bias == "simple" else RotaryBias(d_attin)
 
     def weights(self, q, k, i, j, valid):
-        """q (… l e) at positions i (… l), k (… t e) at positions j (t), of which `valid` (… t) exist -> (… l t).
+        """q (… l e) at positions i (… l), k (… t e) at positions j = 0 … t-1, of which `valid` (… t) exist -> (… l t).
 
         Positions count from the beginning of a chunk. Every query sees itself, so that no row is empty."""
         lag = i.unsqueeze(-1) - j
@@ -93,25 +94,24 @@ class ChunkAttention(nn.Module):
         return self.act(scores / sees.sum(-1, keepdim=True) + bias).masked_fill(~sees, 0.0)
 
     def forward(self, z, v, state=None, lengths=None, return_state=True):
-        l, c, device = z.shape[1], self.chunk, z.device
+        l, c, new = z.shape[1], self.chunk, torch.arange(z.shape[1], device=z.device)
         q, k = (z.unsqueeze(2) * self.gamma + self.beta).unbind(2)
-        old_k, old_v, start = (None, None, torch.zeros(1, dtype=torch.long, device=device)) if state is None else state
-        end = start + (l if lengths is None else lengths)                  # (b), or (1) for all rows
-        many = 0 < c <= l                                                  # chunks to put in a new axis
-        T = l if state is None else l + old_k.shape[1]
-        T = T + -T % c if many else T
+        old_k, old_v, start = (None, None, new[:1]) if state is None else state           # start (b), or 0 for all rows
+        end = start + (l if lengths is None else lengths)
+        T, fold = l if state is None else l + old_k.shape[1], 0 < c <= l
+        if fold: T += -T % c
         k, v = aligned(old_k, k, start, T), aligned(old_v, v, start, T)
-        q = aligned(old_k, q, start, T) if many else q
-        j = torch.arange(c if many else T, device=device)
-        i = j if many else start[:, None, None] + torch.arange(l, device=device)
-        q, K, V = (x.unflatten(1, (-1, n)) for x, n in ((q, i.shape[-1]), (k, len(j)), (v, len(j))))
-        valid = (torch.arange(T, device=device) < end[:, None]).unflatten(1, (-1, len(j)))
+        if fold: q, i, j = aligned(old_k, q, start, T), new[:c], new[:c]                  # (b T e): T / c chunks
+        else: i, j = start[:, None, None] + new, torch.arange(T, device=z.device)         # (b l e) against all of T
+        valid = torch.arange(T, device=z.device) < end[:, None]
+        q = q.unflatten(1, (-1, i.shape[-1]))
+        K, V, valid = (x.unflatten(1, (-1, len(j))) for x in (k, v, valid))
         y = (self.weights(q, K, i, j, valid).to(V.dtype) @ V).flatten(1, 2)
-        if many: y = y[:, :l] if state is None else take(y, start[:, None] + torch.arange(l, device=device))
+        if fold: y = y[:, :l] if state is None else take(y, start[:, None] + new)
         return y, self.unfinished(k, v, end) if return_state else None
 
     def unfinished(self, k, v, end):
-        "The state: what belongs to the chunk in which position `end` (b) lies, of k and v (b T …), zeros behind it."
+        "The state: of k and v (b T …) what belongs to the chunk in which position `end` (b) lies, then zeros."
         begin = end - end % self.chunk if self.chunk > 0 else torch.zeros_like(end)
         slots = torch.arange(self.chunk - 1 if self.chunk > 0 else k.shape[1], device=k.device)
         n, index = end - begin, (begin[:, None] + slots).clamp(max=k.shape[1] - 1)
@@ -124,15 +124,15 @@ class ChunkAttention(nn.Module):
         k, v = (self.gamma.new_zeros(*batch, slots, e, device=device) for e in self.sizes)
         return k, v, torch.zeros(*batch, dtype=torch.long, device=k.device)
 
-# %% ../../nbs/4_models/31_mega.ipynb #997d1bdb
+# %% ../../nbs/4_models/31_mega.ipynb #acd94a89
 class Mega(SequenceModule):
     """Gated attention behind a moving average, (b l d_model) -> (b l d_model), with its own norm and residual gate.
 
-    Ma et al. 2023, eqs. 3 to 15. d_attin Z (d_model / 2 if None), d_attout V (2 d_model); mode: ema, or another mode of
-    S4Block with d_state numbers of state; chunk, attention, rel_pos_bias, max_positions: see ChunkAttention.
-    bidirectional: the moving average looks both ways; causal: attention looks back alone (None: unless bidirectional);
-    other keywords are options of the kernel. `rate` is the kernel's business, and a moving average refuses it.
-    State: the kernel's, then those of ChunkAttention."""
+    Ma et al. 2023. d_attin Z (None: d_model / 2), d_attout V (None: 2 d_model). mode: ema, or another mode of S4Block;
+    d_state: its state; chunk, attention, rel_pos_bias, max_positions: see ChunkAttention. bidirectional: the moving
+    average looks both ways; causal: attention looks back alone (None: unless bidirectional); other keywords are options
+    of S4Block and its kernel. `rate` is the kernel's business, and a moving average refuses it.
+    State: the kernel's, then the three parts of ChunkAttention's."""
 
     def __init__(self, d_model, d_attin=None, d_attout=None, d_state=16, chunk=-1, mode="ema", attention="softmax",
                  rel_pos_bias="simple", max_positions=1024, bidirectional=False, causal=None, dropout=0.0,
@@ -140,13 +140,15 @@ class Mega(SequenceModule):
         super().__init__()
         causal = not bidirectional if causal is None else causal
         Z, V = max(1, d_model // 2) if d_attin is None else d_attin, 2 * d_model if d_attout is None else d_attout
-        if min(Z, V) < 1: raise ValueError(f"attention needs features: got d_attin={Z}, d_attout={V}")
-        if bidirectional and causal: raise ValueError("bidirectional=True looks ahead: with causal=True it leaks")
+        if min(Z, V) < 1: raise ValueError(f"attention needs at least one feature: got d_attin={Z}, d_attout={V}")
+        if bidirectional and causal: raise ValueError("bidirectional=True looks ahead, causal=True forbids it: drop one")
         self.d_model = self.d_output = d_model
         self.sizes = d_model, Z, V, d_model
         self.norm = nn.LayerNorm(d_model)
         self.ssm = S4Block(d_model, d_state, mode, bidirectional=bidirectional, activation="silu", final_act=None,
                            dropout=dropout, offset=0 if mode == "ema" else 1, **kernel_options)
+        if self.ssm.d_output != d_model:
+            raise ValueError(f"attention reads {d_model} features, the SSM gives {self.ssm.d_output}: leave channels at 1")
         self.v_proj, self.mx_proj = nn.Linear(d_model, V), nn.Linear(d_model, sum(self.sizes))
         self.h_proj = nn.Linear(V, d_model, bias=False)
         self.attention = ChunkAttention(Z, V, chunk, attention, rel_pos_bias, max_positions, causal)
@@ -164,12 +166,13 @@ class Mega(SequenceModule):
     def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
         check_input(u, self.d_model)
         refuse(self, "state", state is not None)
-        keep, (first, *rest) = return_state and "state" not in self.limits, (None,) if state is None else state
+        keep = return_state and "state" not in self.limits
+        first, rest = (None, None) if state is None else (state[0], state[1:])
         if lengths is not None:
             u, lengths = mask_padding(u, lengths), torch.as_tensor(lengths, device=u.device)
         x = self.norm(u)
         mx, first = self.ssm(x, first, lengths, rate, keep)
-        y, rest = self.gated(x, mx, u, rest or None, lengths, keep)
+        y, rest = self.gated(x, mx, u, rest, lengths, keep)
         return y, (first, *rest) if keep else None
 
     def step(self, u, state):
