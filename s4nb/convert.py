@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'V3_KERNEL', 'V3_ARGUMENTS', 'V3_TRAINING', 'V3_FIXED', 'CONFIG_HINT', 'IGNORED', 'FORMAT', 'Inert',
-           'InertUnpickler', 'inert_pickle', 'read', 'plain', 'resolve', 'v4_keys', 'v4_arguments', 'unwrap', 'ends',
-           'decoder_mode', 'example_arguments', 'understand', 'sizes', 'convert', 'report', 'load_converted', 'main']
+           'InertUnpickler', 'inert_pickle', 'read', 'plain', 'resolve', 'v3_layers', 'v4_keys', 'v4_arguments',
+           'unwrap', 'ends', 'decoder_mode', 'example_arguments', 'understand', 'sizes', 'convert', 'report',
+           'load_converted', 'main']
 
 # %% ../nbs/4_models/36_convert.ipynb #5c0777c7
 import argparse
@@ -94,33 +95,44 @@ def resolve(value, root):
     except (KeyError, TypeError):
         raise ValueError(f"the configuration refers to {value}, which it lacks; give it with --config") from None
 
-# %% ../nbs/4_models/36_convert.ipynb #66165ebe
+# %% ../nbs/4_models/36_convert.ipynb #f82f0007
 V3_KERNEL = {"log_dt": ("inv_dt", lambda x: x.reshape(-1, 1)), "inv_w_real": ("A_real", None),
-             "inv_A_real": ("A_real", None), "w_imag": ("A_imag", torch.neg), "A_imag": ("A_imag", torch.neg),
+             "log_w_real": ("A_real", None), "inv_A_real": ("A_real", None), "w_imag": ("A_imag", torch.neg), "A_imag": ("A_imag", torch.neg),
              "L": ("l_kernel", None)}
 V3_ARGUMENTS = {"measure": "init", "postact": "final_act", "real_type": "real_transform"}
-V3_TRAINING = ("weight_decay", "trainable", "cache", "keops")            # no number depends on them
+V3_TRAINING = ("weight_decay", "trainable", "cache", "keops", "measure_args", "real_tolerance")    # change no number
 V3_FIXED = {"hyper_act": None, "linear": False, "shift": False, "hurwitz": True}     # with these values v4 is the same
+
+
+def v3_layers(state_dict):
+    "The prefixes of v3's S4 layers in a state dict."
+    return {k.rpartition("kernel.kernel.")[0] for k in state_dict if re.search(r"(^|\.)kernel\.kernel\.\w+$", k)}
 
 
 def v4_keys(state_dict):
     "A state dict with v3's S4 layers under their v4 names; one of v4 as it is."
-    layers = {k.rpartition("kernel.kernel.")[0] for k in state_dict if re.search(r"(^|\.)kernel\.kernel\.\w+$", k)}
-    found = {}
+    layers, found = v3_layers(state_dict), {}
     for key, value in state_dict.items():
         prefix, inner, name = key.rpartition("kernel.kernel.")
+        head, linear, end = key.rpartition("output_linear.")
         if inner and prefix in layers:
+            if name == "A" and f"{prefix}{inner}inv_A_real" in state_dict: continue
             name, change = V3_KERNEL.get(name, (name, None))
             found[f"{prefix}layer.kernel.{name}"] = change(value) if change else value
         elif key.endswith("D") and key[:-1] in layers: found[f"{key[:-1]}layer.D"] = value
+        elif linear and head in layers and end in ("weight", "bias", "weight_g", "weight_v"):
+            found[f"{head}output_linear.0.{end}"] = value
         else: found[key] = value
     return found
 
 
 def v4_arguments(layer):
-    "A layer's arguments with v3's names translated, and without those of v3 that change nothing."
+    "The arguments of one of v3's layers with their names translated, and without those that change nothing."
     if not isinstance(layer, dict): return layer
+    if layer.get("_name_") == "ff": return {**layer, "_name_": "ffn"}
     layer = {V3_ARGUMENTS.get(k, k): v for k, v in layer.items() if k not in V3_TRAINING}
+    if layer.get("final_act", "glu") is None: layer["final_act"] = "id"
+    if layer.get("mode") in ("diag", "s4d"): layer = {"disc": "bilinear", **layer}
     return {k: v for k, v in layer.items() if k not in V3_FIXED or v != V3_FIXED[k]}
 
 # %% ../nbs/4_models/36_convert.ipynb #6f457fe7
@@ -163,7 +175,7 @@ def decoder_mode(config):
         raise NotImplementedError(f"no decoder {decoder['_name_']!r} here; known: sequence")
     return decoder.get("mode") or "last"
 
-# %% ../nbs/4_models/36_convert.ipynb #0b9a0dda
+# %% ../nbs/4_models/36_convert.ipynb #217536da
 def example_arguments(state_dict):
     "The arguments of example.py's model, read off its shapes."
     n = 1 + max(int(k.split(".")[2]) for k in state_dict if k.startswith("model.layers."))
@@ -186,11 +198,12 @@ def understand(found, config=None):
     if not params: raise ValueError(CONFIG_HINT)
     if params.get("_name_", "model") != "model" and (whole or bare):
         raise NotImplementedError(f"a model {params['_name_']!r} cannot be converted yet; SequenceModel ('model') can")
-    if whole or bare:
+    if v3_layers(tensors) and (whole or bare):
         layer = params.get("layer")
         params["layer"] = [v4_arguments(x) for x in layer] if isinstance(layer, list) else v4_arguments(layer)
+    elif v3_layers(tensors): params = v4_arguments(params)
     if whole: params |= sizes(state_dict)
-    return "seqmodel" if whole else "backbone" if bare else "layer", v4_arguments(params), state_dict, ignored
+    return "seqmodel" if whole else "backbone" if bare else "layer", params, state_dict, ignored
 
 # %% ../nbs/4_models/36_convert.ipynb #8860935c
 def sizes(state_dict):

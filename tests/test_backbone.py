@@ -192,8 +192,13 @@ def test_residual_formulas():
         f = h if name == "H" else cls(3, 4).double()
         close(f(x, y), expected[name]), close(f(x[:, 1], y[:, 1]), expected[name][:, 1])
     close(Affine(9, 4, scalar=False, beta=2.0, gamma=0.5).affine, torch.full((4,), 2 / 3), 1e-6)
-    numbers = [block.residual.i for block in SequenceModel(4, 2, lambda i: S4Block(4), residual="D", n_repeat=2).layers]
-    assert numbers == [1, 2, 3, 4]
+    betas = [block.residual.beta for block in SequenceModel(4, 2, lambda i: S4Block(4), residual="D", n_repeat=2).layers]
+    assert betas == [i**-0.5 for i in (1, 2, 3, 4)]
+    close(RESIDUALS["R"](3, 4, alpha=0.5, beta=3.0)(x, y), 0.5 * x + 3 * y)
+    close(RESIDUALS["D"](4, 4, power=1.0, l2=False)(x, y), 0.75 * x + 0.25 * y)
+    h = Highway(3, 4, scaling_correction=True, elemwise=True).double()
+    r = torch.sigmoid(x @ h.Wx.weight.T + h.Wx.bias + y * h.Wy)
+    close(h(x, y), 1.732 * (1 - r) * x + r * y * h.Wy)
 
 
 def test_drop_path_drops_rows_in_training_only():

@@ -127,6 +127,33 @@ def test_version_3(tmp_path):
         convert(save(tmp_path / "v3.ckpt", {"state_dict": found, "hyper_parameters": config}), tmp_path / "out.pt")
 
 
+def test_version_3_diagonal_kernels(tmp_path):
+    "Bilinear unless said otherwise, an A that was never used, B without a leading axis, and a linear map without activation."
+    arguments = {"d_model": 4, "d_state": 4, "init": "diag-lin", "mode": "diag", "final_act": "id"}
+    block = build_state_spaces("layer", {"_name_": "s4", **arguments, "disc": "bilinear"}).eval()
+    kernel, mix = block.kernel.state_dict(), block.mix[0]
+    old = {"log_dt": kernel["inv_dt"][:, 0], "inv_A_real": kernel["A_real"], "A_imag": -kernel["A_imag"], "B": kernel["B"], "C": kernel["C"],
+           "A": torch.stack([-kernel["A_real"].exp(), -kernel["A_imag"]], -1)}
+    found = {"D": block.D.detach(), "output_linear.weight": mix.weight.detach()[..., None], "output_linear.bias": mix.bias.detach()}
+    found |= {f"kernel.kernel.{k}": v for k, v in old.items()}
+    config = {"_name_": "s4", "d_model": 4, "d_state": 4, "measure": "diag-lin", "measure_args": {}, "mode": "diag", "postact": None}
+    x = torch.randn(2, 9, 4)
+    torch.testing.assert_close(load_file(tmp_path, found, config)(x)[0], block(x)[0], rtol=0, atol=0)
+    ffn = build_state_spaces("layer", {"_name_": "ffn", "d_model": 4}).eval()
+    found = {f"layers.0.layer.{k}": v for k, v in found.items()} | {f"layers.1.layer.{k}": v.detach() for k, v in ffn.state_dict().items()}
+    both = load_file(tmp_path, found, {"d_model": 4, "layer": [config, {"_name_": "ff"}]})
+    torch.testing.assert_close(both(x)[0], ffn(block(x)[0])[0], rtol=0, atol=0)
+
+
+def test_version_4_keeps_its_arguments():
+    "An old name that version 4 left at None does not override the new one."
+    layer = {"_name_": "s4", "d_model": 4, "final_act": "glu", "postact": None, "measure": None, "init": "legt", "rank": 2, "mode": "diag"}
+    block = build_state_spaces("layer", layer)
+    found = {f"layer.kernel.{k}": v for k, v in block.kernel.state_dict().items()}
+    kind, params, *_ = understand(found | {"layer.D": block.D, "output_linear.0.weight": block.mix[0].weight}, layer)
+    assert (kind, params) == ("layer", layer) and (block.kernel.disc, block.kernel.options.init) == ("zoh", "legt")
+
+
 def test_the_example_script(tmp_path):
     "example.py saves {model, acc, epoch} of a model whose sizes its shapes tell; here against a literal forward."
     h, n, d_in, d_out = 4, 3, 2, 5

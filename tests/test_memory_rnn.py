@@ -7,14 +7,14 @@ import warnings
 import pytest
 import torch
 from s4nb.models.check import check_model
-from s4nb.models.memory_rnn import (GLagTCell, LagTCell, LegSCell, LegTCell, LegTSCell, LMUCell, LMUTCell, MemoryCell,
-                                    RandomCell, ScaledMemory, SlidingMemory, TimestampLegSCell, TimestampLegTCell, scaled_chunk)
+from s4nb.models.memory_rnn import (GLagTCell, LagTCell, LegSCell, LegSTCell, LegTCell, LegTSCell, LMUCell, LMUTCell,
+                                    MemoryCell, RandomCell, ScaledMemory, SlidingMemory, TimestampLegSCell, TimestampLegTCell, scaled_chunk)
 from s4nb.models.rnn import RNN
 
 from test_parity import cases
 
 CELLS = {"legs": LegSCell, "legt": LegTCell, "lagt": LagTCell, "glagt": GLagTCell, "lmu": LMUCell, "lmut": LMUTCell,
-         "legts": LegTSCell, "tlsi": TimestampLegSCell, "tlti": TimestampLegTCell, "random": RandomCell}
+         "legts": LegTSCell, "legst": LegSTCell, "tlsi": TimestampLegSCell, "tlti": TimestampLegTCell, "random": RandomCell}
 
 
 def build(file, name, params, d_input, d_model):

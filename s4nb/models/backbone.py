@@ -101,57 +101,65 @@ NORMS = {
     "none": lambda d_model: NoNorm(),
 }
 
-# %% ../../nbs/4_models/22_backbone.ipynb #36472b1a
+# %% ../../nbs/4_models/22_backbone.ipynb #ceb497dc
 class Sum(nn.Module):
-    "R: x + y (He et al. 2016). Residuals are made from (i, d_model), block i = 1 … k, and map x, y (… d_model) to one."
+    """R: alpha x + beta y, by default x + y (He et al. 2016). Residuals are made from (i, d_model), block i = 1 … k, and
+    map x, y (… d_model) to one."""
+
+    def __init__(self, i, d_model, alpha=1.0, beta=1.0):
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, x, y):
+        return self.alpha * x + self.beta * y
+
+
+class Plain(nn.Module):
+    "F, N: y alone; its size may differ from that of x."
 
     def __init__(self, i, d_model):
         super().__init__()
-
-    def forward(self, x, y):
-        return x + y
-
-
-class Plain(Sum):
-    "F, N: y alone; its size may differ from that of x."
 
     def forward(self, x, y):
         return y
 
 
 class Affine(nn.Module):
-    "A: x + affine · y, with a learned number (scalar) or one per feature, at first beta · i^-gamma."
+    "A: alpha x + affine · y, with a learned number (scalar) or one per feature, at first beta · i^-gamma."
 
-    def __init__(self, i, d_model, scalar=True, beta=1.0, gamma=0.0):
+    def __init__(self, i, d_model, scalar=True, alpha=1.0, beta=1.0, gamma=0.0):
         super().__init__()
+        self.alpha = alpha
         self.affine = nn.Parameter(torch.full((1 if scalar else d_model,), beta * i**-gamma))
 
     def forward(self, x, y):
-        return x + self.affine * y
+        return self.alpha * x + self.affine * y
 
 
-class Decayed(nn.Module):
-    "D: sqrt(1 - 1/i) x + sqrt(1/i) y, so that after k blocks each has had the same weight 1/sqrt(k)."
+class Decayed(Sum):
+    """D: sqrt(1 - 1/i) x + sqrt(1/i) y, so that after k blocks each has had the same weight 1/sqrt(k).
 
-    def __init__(self, i, d_model):
-        super().__init__()
-        self.i = i
+    power, l2: more generally beta = i^-power, and alpha = sqrt(1 - beta²), or 1 - beta without l2."""
 
-    def forward(self, x, y):
-        return math.sqrt(1 - 1 / self.i) * x + math.sqrt(1 / self.i) * y
+    def __init__(self, i, d_model, power=0.5, l2=True):
+        beta = i**-power
+        super().__init__(i, d_model, math.sqrt(1 - beta**2) if l2 else 1 - beta, beta)
 
-
+# %% ../../nbs/4_models/22_backbone.ipynb #d615a07e
 class Highway(nn.Module):
-    "H: (1 - r) x + r Wy y with the gate r = sigmoid(Wx x + Wy y) (Srivastava et al. 2015)."
+    """H: (1 - r) x + r Wy y with the gate r = sigmoid(Wx x + Wy y) (Srivastava et al. 2015).
 
-    def __init__(self, i, d_model):
+    elemwise: Wy is one number per feature; scaling_correction: x is multiplied by 1.732 (both as in state-spaces/s4)."""
+
+    def __init__(self, i, d_model, scaling_correction=False, elemwise=False):
         super().__init__()
-        self.Wx, self.Wy = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.scale, self.elemwise, self.Wx = 1.732 if scaling_correction else 1.0, elemwise, nn.Linear(d_model, d_model)
+        self.Wy = nn.Parameter(torch.randn(d_model)) if elemwise else nn.Linear(d_model, d_model)
 
     def forward(self, x, y):
-        y = self.Wy(y)
+        y = self.Wy * y if self.elemwise else self.Wy(y)
         r = torch.sigmoid(self.Wx(x) + y)
-        return (1 - r) * x + r * y
+        return self.scale * (1 - r) * x + r * y
 
 
 RESIDUALS = {"R": Sum, "F": Plain, "N": Plain, "A": Affine, "D": Decayed, "H": Highway}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPEED', 'Memory', 'add', 'SlidingMemory', 'RandomMemory', 'scaled_matrices', 'stretch', 'scaled_chunk',
            'ScaledMemory', 'lower_bilinear', 'TimestampMemory', 'MemoryOptions', 'MemoryCell', 'SlidingCell',
-           'LegTCell', 'LMUTCell', 'LagTCell', 'GLagTCell', 'RandomCell', 'LMUCell', 'LegSCell', 'LegTSCell',
-           'TimestampLegSCell', 'TimestampLegTCell']
+           'LegTCell', 'LegSTCell', 'LMUTCell', 'LagTCell', 'GLagTCell', 'RandomCell', 'LMUCell', 'LegSCell',
+           'LegTSCell', 'TimestampLegSCell', 'TimestampLegTCell']
 
 # %% ../../nbs/4_models/26_memory_rnn.ipynb #dae17623
 import math
@@ -151,16 +151,16 @@ def lower_bilinear(A, B, dt):
     solve = torch.linalg.solve_triangular((I - A / 2).tril(), torch.cat([I + A / 2, B[..., None]], -1), upper=False)
     return solve[..., :-1], solve[..., -1]
 
-# %% ../../nbs/4_models/26_memory_rnn.ipynb #f4d5a7eb
+# %% ../../nbs/4_models/26_memory_rnn.ipynb #f5aef5d2
 class TimestampMemory(Memory):
     """A memory for samples that come at any times: the first input channel is the sample's time t; t0 is the last one.
 
     scaled: the step is (t - t0)/t, the whole past; t = 0 writes (u, 0, …). Otherwise it is dt (t - t0), a sliding
-    window. Each row has its own matrices (bilinear). Time starts at 0 and never runs back: an earlier t is t0."""
+    window. Each row has its own matrices. Time starts at 0 and never runs back: an earlier t is t0."""
     stamps = 1
 
-    def __init__(self, measure, N, dt=1.0, scaled=False):
-        super().__init__(measure, N, "bilinear")
+    def __init__(self, measure, N, dt=1.0, scaled=False, discretization="bilinear"):
+        super().__init__(measure, N, discretization)
         self.dt, self.scaled = dt, scaled
         for name, X in zip("AB", transition(measure, N)): self.register_buffer(name, X, persistent=False)
 
@@ -170,7 +170,7 @@ class TimestampMemory(Memory):
         t, I = torch.maximum(time[:, 0], clock[0]), torch.eye(self.N, dtype=m.dtype, device=m.device)
         start = (t == 0) & self.scaled
         step = (t - clock[0]) / torch.where(start, 1, t) if self.scaled else self.dt * (t - clock[0])
-        Ab, Bb = discretize(A, B, step, "bilinear")
+        Ab, Bb = discretize(A, B, step, self.discretization)
         new = m @ Ab.mT + u[..., None] * Bb[:, None]
         return torch.where(start[:, None, None], u[..., None] * I[0], new), (t,)
 
@@ -243,7 +243,7 @@ class MemoryCell(Cell):
         h = super().default_state(*batch, device=device)
         return h, h.new_zeros(*batch, self.M, self.memory.N), *self.memory.default_clock(*batch, device=h.device)
 
-# %% ../../nbs/4_models/26_memory_rnn.ipynb #105bbed5
+# %% ../../nbs/4_models/26_memory_rnn.ipynb #bd470282
 class SlidingCell(MemoryCell):
     "A memory cell whose memory is time-invariant; `dt` is its step. Further options: MemoryOptions."
     measure, dt = "legt", 0.01
@@ -255,6 +255,11 @@ class SlidingCell(MemoryCell):
 
 class LegTCell(SlidingCell):
     "The memory holds the last 2/dt inputs u, as Legendre polynomials."
+
+
+class LegSTCell(SlidingCell):
+    "The matrices of LegS with a fixed step: the past fades exponentially (`legst` of hippo-code)."
+    measure = "legs"
 
 
 class LMUTCell(SlidingCell):
