@@ -261,7 +261,7 @@ def select(rows, new, old):
     if isinstance(new, (tuple, list)): return type(new)(select(rows, n, o) for n, o in zip(new, old))
     return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)
 
-# %% ../../nbs/4_models/21_pooling.ipynb #452e61a7
+# %% ../../nbs/4_models/21_pooling.ipynb #ae622331
 class Hourglass(SequenceModule):
     """up(inner(down(u))): (b l d) -> (b l up.d_output), for every l; `inner` runs once every `stride` inputs.
 
@@ -276,7 +276,7 @@ class Hourglass(SequenceModule):
             raise ValueError(f"the pools and the model between them do not fit: sizes (given, taken) {sizes[:2]}, "
                              f"strides {sizes[2]}; each pair must be equal")
         self.down, self.inner, self.up = down, inner, up
-        self.d_model, self.d_output, self.stride = down.d_model, up.d_output, down.stride
+        self.d_model, self.d_output = down.d_model, up.d_output
         found = {name: reason for part in self.modules() for name, reason in getattr(part, "limits", {}).items()}
         self.limits = {name: found[name] for name in ("step", "state") if name in found}
 
@@ -301,7 +301,7 @@ class Hourglass(SequenceModule):
     def whole(self, u, state, lengths, rate):
         "The outputs where there is no state; the last frame is filled up with zeros."
         if state is not None: raise ValueError(self.limits["state"] + ": pass state=None")
-        s, L, frames = self.stride, u.shape[1], None
+        s, L, frames = self.down.stride, u.shape[1], None
         if lengths is not None: u, frames = mask_padding(u, lengths), (lengths + s - 1) // s
         filled = None if frames is None else frames * s
         z, _ = self.down(F.pad(u, (0, 0, 0, -L % s)), lengths=filled, return_state=False)
