@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..module import SequenceModule, TiedDropout, activation, check_input, is_glu, mask_padding
 from ..s4.block import S4D
 
-# %% ../../nbs/4_models/30_blocks.ipynb #a1288656
+# %% ../../nbs/4_models/30_blocks.ipynb #95bab51e
 class FFN(SequenceModule):
     """Linear → activation → dropout → Linear at each position: (b l d_model) → (b l d_output), no state.
 
@@ -23,7 +23,8 @@ class FFN(SequenceModule):
         super().__init__()
         self.d_model, self.d_output = d_model, d_output or d_model
         inner = int(expand * d_model)
-        if inner < 1: raise ValueError(f"expand={expand} leaves no features inside: expand * d_model must be at least 1")
+        if inner < 1:
+            raise ValueError(f"expand={expand} leaves no features inside: expand * d_model must be at least 1")
         first = linear_activation(d_model, inner, activation)
         self.ff = nn.Sequential(first, TiedDropout(dropout, tie_dropout), nn.Linear(inner, self.d_output))
 
@@ -38,7 +39,7 @@ class FFN(SequenceModule):
 
 
 def linear_activation(d_input, d_output, act):
-    "Linear and the activation called `act`, (… d_input) → (… d_output); a gated activation gets twice as many features to halve."
+    "Linear, then the activation `act`: (… d_input) → (… d_output); a gated one gets twice the features, to halve."
     return nn.Sequential(nn.Linear(d_input, (2 if is_glu(act) else 1) * d_output), activation(act, d_output))
 
 # %% ../../nbs/4_models/30_blocks.ipynb #195affdc
