@@ -130,6 +130,14 @@ def test_hourglass_without_delay_or_with_an_inner_model_that_looks_ahead():
         with pytest.raises(ValueError, match="pass state=None"): f(inputs(1, 4, 4).float(), state=())
 
 
+def test_no_state_is_the_default_state():
+    u, inner = inputs(2, 9, 4), S4Block(4, d_state=4)
+    for f in (DownPool(4, 1), UpPool(4, 3), Hourglass(DownPool(4, 1), inner, UpPool(4, 1))):
+        f = f.double()
+        (y, state), (y2, state2) = f.step(u[:, 0], None), f.step(u[:, 0], f.default_state(2))
+        close(y, y2), close(f.step(u[:, 1], state)[0], f.step(u[:, 1], state2)[0])
+
+
 def test_hourglass_steps_rows_out_of_phase():
     torch.manual_seed(0)
     inner = Hourglass(DownPool(6, 2, 1), S4Block(6, d_state=4), UpPool(6, 2, 1))

@@ -7,12 +7,13 @@ __all__ = ['DOWN_POOLS', 'UP_POOLS', 'window', 'Down', 'DownSample', 'DownAvgPoo
            'DownPool', 'resample', 'DownSpectralPool', 'Up', 'UpAvgPool', 'UpLinearPool', 'UpPool', 'select',
            'Hourglass']
 
-# %% ../../nbs/4_models/21_pooling.ipynb #a7dbf898
+# %% ../../nbs/4_models/21_pooling.ipynb #c6a65ad3
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
+from .check import limits
 from ..module import SequenceModule, activation, check_input, is_glu, length_mask, mask_padding
 
 # %% ../../nbs/4_models/21_pooling.ipynb #3ddeb83e
@@ -33,7 +34,7 @@ def _widths(d_model, stride, expand, up=False):
     if up and d_model % expand: raise ValueError(f"{d_model} features cannot be divided by expand={expand}")
     return d_model // expand if up else d_model * expand
 
-# %% ../../nbs/4_models/21_pooling.ipynb #9b69610b
+# %% ../../nbs/4_models/21_pooling.ipynb #56b1e495
 class Down(SequenceModule):
     """Every `stride` inputs become one frame: (b l d_model) -> (b l // stride d_output); a subclass defines `frames`.
 
@@ -76,9 +77,11 @@ class Down(SequenceModule):
         return window(torch.cat([last, u], 1), lengths, self.stride - 1), (phase + lengths) % self.stride
 
     def step(self, u, state):
-        "u (b d_model), state -> y (b d_output) or None, state. y counts in rows whose new phase is 0; None: in no row."
+        """u (b d_model), state or None -> y (b d_output) or None, state.
+
+        y counts in the rows whose new phase is 0, in which a frame is complete; None: in no row."""
         check_input(u, self.d_model, ndim=2)
-        last, phase = state
+        last, phase = self.default_state(len(u), device=u.device) if state is None else state
         x, phase = torch.cat([last, u[:, None]], 1), (phase + 1) % self.stride
         y = self.frames(x[:, None])[:, 0].to(u.dtype) if (phase == 0).any() else None
         return y, (x[:, 1:], phase)
@@ -179,7 +182,7 @@ class DownSpectralPool(Down):
     def step(self, u, state): raise ValueError(self.limits["step"] + ": use forward")
     def default_state(self, *batch, device=None): return None
 
-# %% ../../nbs/4_models/21_pooling.ipynb #d5be6cce
+# %% ../../nbs/4_models/21_pooling.ipynb #8bcba3e4
 class Up(SequenceModule):
     """Each frame becomes `stride` outputs, one frame later: (b k d_model) -> (b k * stride d_output).
 
@@ -212,6 +215,7 @@ class Up(SequenceModule):
         "One frame: z (b d_model), state -> the outputs (b s d_output) due while the frame was under way, state."
         check_input(z, self.d_model, ndim=2)
         if not self.causal: raise ValueError(self.limits["step"] + ": use forward")
+        state = self.default_state(len(z), device=z.device) if state is None else state
         return state, self.expand(z[:, None])[:, 0].to(z.dtype)
 
     def default_state(self, *batch, device=None):
@@ -261,7 +265,7 @@ def select(rows, new, old):
     if isinstance(new, (tuple, list)): return type(new)(select(rows, n, o) for n, o in zip(new, old))
     return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)
 
-# %% ../../nbs/4_models/21_pooling.ipynb #ae622331
+# %% ../../nbs/4_models/21_pooling.ipynb #3a6b68ed
 class Hourglass(SequenceModule):
     """up(inner(down(u))): (b l d) -> (b l up.d_output), for every l; `inner` runs once every `stride` inputs.
 
@@ -277,8 +281,7 @@ class Hourglass(SequenceModule):
                              f"strides {sizes[2]}; each pair must be equal")
         self.down, self.inner, self.up = down, inner, up
         self.d_model, self.d_output = down.d_model, up.d_output
-        found = {name: reason for part in self.modules() for name, reason in getattr(part, "limits", {}).items()}
-        self.limits = {name: found[name] for name in ("step", "state") if name in found}
+        self.limits = {name: reason for name, reason in limits(self).items() if name in ("step", "state")}
 
     def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
         check_input(u, self.d_model)
@@ -311,7 +314,7 @@ class Hourglass(SequenceModule):
     def step(self, u, state):
         check_input(u, self.d_model, ndim=2)
         if self.limits: raise ValueError(self.limits["step"] + ": use forward")
-        down, queue, inner = state
+        down, queue, inner = self.default_state(len(u), device=u.device) if state is None else state
         y = queue[torch.arange(len(u), device=u.device), down[1]].to(u.dtype)
         z, down = self.down.step(u, down)
         if z is not None:                                      # in some rows a frame is complete

@@ -5,67 +5,79 @@
 # %% auto #0
 __all__ = ['Chain', 'SaShiMi', 'UNet']
 
-# %% ../../nbs/4_models/32_sashimi.ipynb #25b09fbd
+# %% ../../nbs/4_models/32_sashimi.ipynb #b3614139
 from torch import nn
 
-from .backbone import LayerNorm, ResidualBlock
+from .backbone import LayerNorm, ResidualBlock, refuse
 from .blocks import FFN
+from .check import limits
 from .pooling import DOWN_POOLS, UP_POOLS, Hourglass
 from ..module import SequenceModule, check_input, mask_padding, one_of
 from ..s4.block import S4Block
 
-# %% ../../nbs/4_models/32_sashimi.ipynb #75a155ef
+# %% ../../nbs/4_models/32_sashimi.ipynb #29f3a00b
 class Chain(SequenceModule):
-    "Modules one after the other, (b l d) -> (b l d_output), plus the input with `skip`; the state is the list of theirs."
+    "Modules one after the other, (b l d) -> (b l d_output), with `skip` plus the input; state: the list of theirs."
 
     def __init__(self, layers, skip=False):
         super().__init__()
         self.layers, self.skip = nn.ModuleList(layers), skip
         self.d_model, self.d_output = layers[0].d_model, layers[-1].d_output
+        self.limits = limits(self)
 
     def forward(self, u, state=None, lengths=None, rate=1.0, return_state=True):
         check_input(u, self.d_model)
+        refuse(self, "state", state is not None)
         u = u if lengths is None else mask_padding(u, lengths)
         x, states = u, [None] * len(self.layers) if state is None else list(state)
         for i, f in enumerate(self.layers):
             x, states[i] = f(x, states[i], lengths=lengths, rate=rate, return_state=return_state)
-        return x + u if self.skip else x, states if return_state else None
+        return x + u if self.skip else x, states if return_state and "state" not in self.limits else None
 
     def step(self, u, state):
         check_input(u, self.d_model, ndim=2)
-        x, states = u, list(state)
+        refuse(self, "step")
+        x, states = u, self.default_state(len(u), device=u.device) if state is None else list(state)
         for i, f in enumerate(self.layers):
             x, states[i] = f.step(x, states[i])
         return x + u if self.skip else x, states
 
     def default_state(self, *batch, device=None):
+        if "state" in self.limits: return None
         return [f.default_state(*batch, device=device) for f in self.layers]
 
-# %% ../../nbs/4_models/32_sashimi.ipynb #c6deb240
+# %% ../../nbs/4_models/32_sashimi.ipynb #98b764a8
 class SaShiMi(SequenceModule):
     """An hourglass of `n_layers` layers a tier: (b l d_model) -> (b l d_model), for every l. Goel et al. 2022.
 
     Tier k has d_model * expand^k features at 1 / (pool_1 … pool_k) of the rate. layer: a function d -> SequenceModule
-    (None: S4Block), each one followed by an FFN of expand * `ff` features (0: none; `cff`: in the innermost tier), both in
-    residual blocks. unet: layers on the way in, too. bidirectional: of the default layer, and pools without delay.
-    pool_mode: sashimi, linear, pool or sample. Causal, with step and state, unless bidirectional."""
+    (None: S4Block), each one followed by an FFN with `ff` times the features inside (0: none; `cff`: in the innermost
+    tier), all in residual blocks. unet: layers on the way in, too. bidirectional: of the default layer, and pools
+    without delay. pool_mode: sashimi, linear, pool or sample. Causal, with step and state, unless bidirectional."""
 
-    def __init__(self, d_model=64, n_layers=8, pool=(4, 4), expand=2, ff=2, layer=None, bidirectional=False, unet=False,
-                 cff=None, pool_mode="sashimi", norm="layer", prenorm=True, residual="R", dropout=0.0, tie_dropout=False):
+    def __init__(self, d_model=64, n_layers=8, pool=(4, 4), expand=2, ff=2, layer=None, bidirectional=False,
+                 unet=False, cff=None, pool_mode="sashimi", norm="layer", prenorm=True, residual="R", dropout=0.0,
+                 tie_dropout=False):
         super().__init__()
         one_of("pool_mode", pool_mode, UP_POOLS)
+        if n_layers < 1: raise ValueError(f"every tier needs a layer: n_layers must be at least 1, got {n_layers}")
+        if isinstance(layer, nn.Module):
+            raise ValueError("one layer cannot serve every tier; pass a function such as `lambda d: S4Block(d)`")
         self.d_model = self.d_output = d_model
         layer = layer or (lambda d: S4Block(d, bidirectional=bidirectional))
 
         def blocks(d, ff):
             "n_layers times a layer and an FFN on d features, each in a residual block."
-            parts = [f for _ in range(n_layers) for f in (layer(d), FFN(d, ff, dropout=dropout) if ff else None) if f]
+            parts = []
+            for _ in range(n_layers):
+                parts += [layer(d), FFN(d, ff, dropout=dropout, tie_dropout=tie_dropout)] if ff else [layer(d)]
             return [ResidualBlock(f, norm, prenorm, residual, dropout, tie_dropout) for f in parts]
 
         sizes = [d_model * expand ** k for k in range(len(pool) + 1)]
         self.net = Chain(blocks(sizes[-1], ff if cff is None else cff), skip=True)
         for d, s in reversed(list(zip(sizes, pool))):
-            down, up = DOWN_POOLS[pool_mode](d, s, expand), UP_POOLS[pool_mode](d * expand, s, expand, not bidirectional)
+            down = DOWN_POOLS[pool_mode](d, s, expand)
+            up = UP_POOLS[pool_mode](d * expand, s, expand, causal=not bidirectional)
             inside = Chain([Hourglass(down, self.net, up)], skip=True)
             self.net = Chain([*(blocks(d, ff) if unet else []), inside, Chain(blocks(d, ff), skip=True)])
         self.norm = LayerNorm(d_model)
@@ -81,9 +93,9 @@ class SaShiMi(SequenceModule):
     def default_state(self, *batch, device=None):
         return self.net.default_state(*batch, device=device)
 
-# %% ../../nbs/4_models/32_sashimi.ipynb #e813c887
+# %% ../../nbs/4_models/32_sashimi.ipynb #d6b1d983
 class UNet(SaShiMi):
-    "SaShiMi with layers on both ways and plain linear pools (Ronneberger et al. 2015, on sequences); arguments as there."
+    "SaShiMi with layers on both ways and plain linear pools; arguments as there. After Ronneberger et al. 2015."
 
     def __init__(self, d_model=64, n_layers=8, pool=(4, 4), expand=2, ff=2, layer=None, bidirectional=False, cff=None,
                  pool_mode="linear", norm="layer", prenorm=True, residual="R", dropout=0.0, tie_dropout=False):
