@@ -15,7 +15,7 @@ from .blocks import FFN
 from ..module import SequenceModule, TiedDropout, activation, check_input, mask_padding, one_of
 from ..s4.block import S4Block
 
-# %% ../../nbs/4_models/31_mega.ipynb #49f6b8ba
+# %% ../../nbs/4_models/31_mega.ipynb #47912268
 class SimpleBias(nn.Module):
     """One learned number for each lag i - j below max_positions; all lags beyond share the last one. Lags (…) -> (…).
 
@@ -30,7 +30,7 @@ class SimpleBias(nn.Module):
 
 
 class RotaryBias(nn.Module):
-    """(R_i alpha)·(R_j beta), where R_t turns the k-th of d_attin / 2 pairs by t theta_k, theta_k = 10000^(-2k/d_attin).
+    """(R_i alpha)·(R_j beta), where R_t turns the k-th of d_attin / 2 pairs by the angle t 10000^(-2k/d_attin).
 
     It depends on the lag i - j alone, at any distance. Lags (…) -> (…)."""
     def __init__(self, d_attin):
@@ -60,7 +60,7 @@ def aligned(old, new, start, T):
     index = torch.where(p < start[:, None], p, p + t - start[:, None]).clamp(max=t + l - 1)
     return take(torch.cat([old, new], 1), index)
 
-# %% ../../nbs/4_models/31_mega.ipynb #2edad523
+# %% ../../nbs/4_models/31_mega.ipynb #90345ebd
 class ChunkAttention(nn.Module):
     """One head of attention within chunks: z (b l d_attin), v (b l d_attout) -> (b l d_attout), state.
 
@@ -72,7 +72,7 @@ class ChunkAttention(nn.Module):
                  causal=True):
         super().__init__()
         if chunk != -1 and chunk < 2:
-            raise ValueError(f"chunk is the number of positions that see each other, 2 or more, or -1: all; got {chunk}")
+            raise ValueError(f"chunk is a number of positions that see each other, 2 or more, or -1 (all); got {chunk}")
         one_of("attention", attention, ("softmax", "relu2", "laplace"))
         one_of("rel_pos_bias", rel_pos_bias, ("simple", "rotary"))
         self.sizes, self.chunk, self.causal = (d_attin, d_attout), chunk, causal
@@ -124,7 +124,7 @@ class ChunkAttention(nn.Module):
         k, v = (self.gamma.new_zeros(*batch, slots, e, device=device) for e in self.sizes)
         return k, v, torch.zeros(*batch, dtype=torch.long, device=k.device)
 
-# %% ../../nbs/4_models/31_mega.ipynb #acd94a89
+# %% ../../nbs/4_models/31_mega.ipynb #ca02d5b7
 class Mega(SequenceModule):
     """Gated attention behind a moving average, (b l d_model) -> (b l d_model), with its own norm and residual gate.
 
@@ -141,14 +141,14 @@ class Mega(SequenceModule):
         causal = not bidirectional if causal is None else causal
         Z, V = max(1, d_model // 2) if d_attin is None else d_attin, 2 * d_model if d_attout is None else d_attout
         if min(Z, V) < 1: raise ValueError(f"attention needs at least one feature: got d_attin={Z}, d_attout={V}")
-        if bidirectional and causal: raise ValueError("bidirectional=True looks ahead, causal=True forbids it: drop one")
+        if bidirectional and causal: raise ValueError("bidirectional=True looks ahead, causal=True must not: drop one")
         self.d_model = self.d_output = d_model
         self.sizes = d_model, Z, V, d_model
         self.norm = nn.LayerNorm(d_model)
         self.ssm = S4Block(d_model, d_state, mode, bidirectional=bidirectional, activation="silu", final_act=None,
                            dropout=dropout, offset=0 if mode == "ema" else 1, **kernel_options)
         if self.ssm.d_output != d_model:
-            raise ValueError(f"attention reads {d_model} features, the SSM gives {self.ssm.d_output}: leave channels at 1")
+            raise ValueError(f"the SSM gives {self.ssm.d_output} features instead of {d_model}: leave channels at 1")
         self.v_proj, self.mx_proj = nn.Linear(d_model, V), nn.Linear(d_model, sum(self.sizes))
         self.h_proj = nn.Linear(V, d_model, bias=False)
         self.attention = ChunkAttention(Z, V, chunk, attention, rel_pos_bias, max_positions, causal)
