@@ -1,25 +1,11 @@
 """Short convolutions: against PyTorch's own with its own padding, states of every reach, boxes of padded images, what is refused."""
 import pytest
 import torch
+from rows import Rows
 from torch.nn import functional as F
 
 from s4nb.models.check import check_model, run_chunks, run_steps
 from s4nb.models.convolutional import Conv1d, Conv2d, mask_grid
-
-
-class Rows(torch.nn.Module):
-    "A layer on images (b l w d) as one on sequences of rows (b l w*d)."
-    def __init__(self, layer, w=4):
-        super().__init__()
-        self.layer, self.w, self.d_model, self.d_output = layer, w, w * layer.d_model, w * layer.d_output
-
-    def forward(self, u, state=None, lengths=None, return_state=True):
-        if lengths is not None: lengths = torch.stack([lengths, torch.full_like(lengths, self.w)], 1)
-        y, state = self.layer(u.unflatten(-1, (self.w, -1)), state, lengths, return_state=return_state)
-        return y.flatten(2), state
-
-    def step(self, u, state): return self.layer.step(u, state)
-    def default_state(self, *batch, device=None): return self.layer.default_state(*batch, device=device)
 
 
 MODELS = {"centred": lambda: Conv1d(4), "causal": lambda: Conv1d(4, 6, causal=True),
@@ -68,6 +54,12 @@ def test_state_of_rows_of_any_length():
         expected = torch.cat([before[i], u[i, :n]])[-5:]
         assert torch.equal(state[i], expected)
         if n: assert torch.allclose(y[i, :n], f(u[i:i + 1, :n], before[i:i + 1])[0][0], atol=1e-12)
+
+
+def test_steps_begin_without_a_state():
+    f, u = Conv1d(3, causal=True).double(), torch.randn(2, 1, 3, dtype=torch.float64)
+    (y, state), (whole, end) = f.step(u[:, 0], None), f(u)
+    assert torch.allclose(y, whole[:, 0], atol=1e-12) and torch.equal(state, end)
 
 
 def test_state_stays_float32_under_autocast():

@@ -176,3 +176,13 @@ def test_compiled_models_use_the_tables():
 def test_import_leaves_the_compiler_alone():
     code = "import sys, s4nb.models.memory_rnn, s4nb.models.scan_rnn; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rows_of_different_lengths_share_their_matrices():
+    "All rows run on to the end of the batch, so that each step looks up one time; the states are those at the lengths."
+    model, u, looked_up = RNN(LegSCell(2, 5, 6)).double(), torch.randn(4, 12, 2, dtype=torch.float64), []
+    at = model.cell.memory.at
+    model.cell.memory.at = lambda t, m: looked_up.append(t) or at(t, m)
+    _, (h, m, t) = model(u, lengths=torch.tensor([12, 3, 7, 0]))
+    assert looked_up == list(range(12)) and t.tolist() == [12, 3, 7, 0]
+    assert (h[1] - model(u[1:2, :3])[1][0]).abs().max() < 1e-12 and not m[3].any()

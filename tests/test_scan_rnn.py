@@ -80,3 +80,12 @@ def test_refusals():
 def test_parameters_of_the_unit():
     "The number the reference's cell has."
     assert sum(p.numel() for p in SRU(3, 16).parameters()) == 288
+
+
+@pytest.mark.parametrize("kind", [MinGRU, QRNN, SRURNN, SRU])
+def test_models_in_bfloat16(kind):
+    "A whole model in 16 bits: outputs as the input, states in at least float32, which may come back in."
+    model, u = kind(4, 6).bfloat16(), torch.randn(2, 7, 4, dtype=torch.bfloat16)
+    y, state = model(u)
+    y, state = model(u, state, lengths=torch.tensor([3, 0]))
+    assert y.dtype == model.step(u[:, 0], state)[0].dtype == torch.bfloat16 and y.isfinite().all()

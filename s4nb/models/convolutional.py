@@ -23,7 +23,7 @@ def conv_and_activation(conv, d_model, d_output, kernel_size, name, depthwise=Fa
     groups = d_model if depthwise else 1
     return conv(d_model, width, kernel_size, groups=groups, **options), activation(name, d_output)
 
-# %% ../../nbs/4_models/28_convolutional.ipynb #8b8ed5ef
+# %% ../../nbs/4_models/28_convolutional.ipynb #d22874ca
 class Conv1d(SequenceModule):
     """A convolution with a short kernel, then an activation: (b l d_model) -> (b l d_output).
 
@@ -65,6 +65,7 @@ class Conv1d(SequenceModule):
     def step(self, u, state):
         check_input(u, self.d_model, ndim=2)
         if not self.causal: raise ValueError(self.limits["step"])
+        if state is None: state = self.default_state(len(u), device=u.device)
         v = torch.cat([state, u.to(state.dtype)[:, None]], 1)
         return self.convolve(v, u.dtype)[:, 0], v[:, 1:]
 

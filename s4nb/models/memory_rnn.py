@@ -243,7 +243,7 @@ class MemoryCell(Cell):
         h = super().default_state(*batch, device=device)
         return h, h.new_zeros(*batch, self.M, self.memory.N), *self.memory.default_clock(*batch, device=h.device)
 
-# %% ../../nbs/4_models/26_memory_rnn.ipynb #bd470282
+# %% ../../nbs/4_models/26_memory_rnn.ipynb #ac4b44e5
 class SlidingCell(MemoryCell):
     "A memory cell whose memory is time-invariant; `dt` is its step. Further options: MemoryOptions."
     measure, dt = "legt", 0.01
@@ -263,7 +263,7 @@ class LegSTCell(SlidingCell):
 
 
 class LMUTCell(SlidingCell):
-    "The same in LMU's coordinates and with its window: the last 1/dt inputs."
+    "LegT in LMU's coordinates and with its window: the last 1/dt inputs."
     measure = "lmu"
 
 

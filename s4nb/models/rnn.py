@@ -48,7 +48,7 @@ class Cell(nn.Module):
         like = next(self.parameters())
         return like.new_zeros(*batch, self.d_model, device=device)
 
-# %% ../../nbs/4_models/24_rnn.ipynb #d0c7e788
+# %% ../../nbs/4_models/24_rnn.ipynb #d77a946b
 def freeze(alive, new, old):
     "`new` in the rows where `alive` (b) is True, `old` in the others; states are tensors or nested tuples or lists."
     if new is None: return None
@@ -66,16 +66,16 @@ class RNN(SequenceModule):
         check_input(u, self.d_model)
         refuse_rate(self, rate)
         b, L, _ = u.shape
-        alive = None if lengths is None else length_mask(lengths, L).to(u.device)[..., 0].unbind(1)
         x = u if lengths is None else mask_padding(u, lengths)
+        alive = length_mask(lengths, L).to(u.device)[..., 0].unbind(1) if lengths is not None and return_state else None
         with torch.autocast(u.device.type, enabled=False):
             if state is None: state = self.default_state(b, device=u.device)
-            p, weights, ys = self.cell.project(self._cast(x)), self.cell.weights(), []
+            p, weights, ys, last = self.cell.project(self._cast(x)), self.cell.weights(), [], state
             for t, p_t in enumerate(p.unbind(1)):
-                y, new = self.cell.recur(p_t, state, *weights)
-                state = new if alive is None else freeze(alive[t], new, state)
+                y, state = self.cell.recur(p_t, state, *weights)
+                last = state if alive is None else freeze(alive[t], state, last)
                 ys.append(y)
-        return torch.stack(ys, 1).to(u.dtype), (state if return_state else None)
+        return torch.stack(ys, 1).to(u.dtype), (last if return_state else None)
 
     def step(self, u, state):
         check_input(u, self.d_model, ndim=2)

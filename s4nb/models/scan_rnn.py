@@ -154,10 +154,10 @@ class QRNN(SequenceModule):
         window = self.conv.weight.new_zeros(*batch, self.kernel_size - 1, self.d_model, device=device)
         return window, self.conv.weight.new_zeros(*batch, self.d_output, device=device)
 
-# %% ../../nbs/4_models/25_scan.ipynb #26b51054
+# %% ../../nbs/4_models/25_scan.ipynb #9ee1cf27
 def peephole_loop(u, f, w, state):
     "c_t = (1 - g) c_{t-1} + g u_t with g = sigmoid(f_t + w c_{t-1}): u, f (b l d), w (d), state (b d) -> c (b l d)."
-    c, path = state, []
+    c, path = state.to(u.dtype), []
     for u_t, f_t in zip(u.unbind(1), f.unbind(1)):
         c = torch.lerp(c, u_t, torch.sigmoid(f_t + w * c))
         path.append(c)
