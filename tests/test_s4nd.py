@@ -3,25 +3,11 @@ import math
 
 import pytest
 import torch
+from rows import Rows
 
 from s4nb.models.check import check_model
 from s4nb.models.s4nd import S4ND, per_axis
 from s4nb.s4.block import S4D
-
-
-class Rows(torch.nn.Module):
-    "A layer on images (b l w d) as one on sequences of rows (b l w*d)."
-    def __init__(self, layer, w=4):
-        super().__init__()
-        self.layer, self.w, self.d_model, self.d_output = layer, w, w * layer.d_model, w * layer.d_output
-
-    def forward(self, u, state=None, lengths=None, return_state=True):
-        if lengths is not None: lengths = torch.stack([lengths, torch.full_like(lengths, self.w)], 1)
-        y, state = self.layer(u.unflatten(-1, (self.w, -1)), state, lengths, return_state=return_state)
-        return y.flatten(2), state
-
-    def step(self, u, state): return self.layer.step(u, state)
-    def default_state(self, *batch, device=None): return self.layer.default_state(*batch, device=device)
 
 
 MODELS = {"1d": lambda: S4ND(4, 6, dim=1), "2d": lambda: Rows(S4ND(2, 6)),
