@@ -96,7 +96,7 @@ class TimedRNN(RNN):
             return RNN(cell)(u, state, lengths, return_state=return_state)
         return super().forward(u, state, lengths, return_state=return_state)
 
-# %% ../../nbs/4_models/33_baselines.ipynb #f025ae3f
+# %% ../../nbs/4_models/33_baselines.ipynb #01c1443a
 class UnICORNNCell(Cell):
     "One symplectic Euler step of o independent driven oscillators: x (b h), (y, z) (b o) each -> y, (y, z)."
     def __init__(self, d_input, d_model, dt=0.1, alpha=1.0):
@@ -105,7 +105,7 @@ class UnICORNNCell(Cell):
             raise ValueError(f"the oscillators are stable for 0 < alpha dt^2 < 4, got alpha={alpha}, dt={dt}")
         self.dt, self.alpha, self.V = dt, alpha, nn.Linear(d_input, d_model)
         self.w, self.c = nn.Parameter(torch.rand(d_model)), nn.Parameter(torch.rand(d_model) * 0.2 - 0.1)
-        nn.init.kaiming_uniform_(self.V.weight, a=8), nn.init.zeros_(self.V.bias)   # a small drive, as the authors have it
+        nn.init.kaiming_uniform_(self.V.weight, a=8), nn.init.zeros_(self.V.bias)   # a small drive, as in its code
 
     def project(self, x): return self.V(x)
 
