@@ -237,6 +237,15 @@ def test_compile_takes_a_block_whole(mode):
             torch.testing.assert_close(y, z)
 
 
+@pytest.mark.parametrize("mode", ["dplr", "diag"])
+def test_compiled_gradients_of_both_directions(mode):
+    torch.compiler.reset()
+    block, u = S4Block(4, 8, mode=mode, bidirectional=True).eval(), torch.randn(2, 20, 4)
+    params = [p for p in block.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(f(u)[0].sum(), params) for f in (torch.compile(block, backend="aot_eager"), block))
+    for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["checkpoint", "vmap", "fake"])
 def test_a_first_call_inside_a_mode_leaves_the_backend_usable(mode):
     code = f"""

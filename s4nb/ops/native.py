@@ -45,7 +45,8 @@ def load(device):
 
 def plain(x):
     "Contiguous, its conjugation carried out: what the compiled loops read."
-    if torch.compiler.is_compiling(): return x.resolve_conj().resolve_neg().contiguous()
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):   # traced: strides are only
+        return x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)   # predicted, so always copy
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError("the compiled sums know no forward-mode derivatives: use reverse mode (backward, grad, jacrev)")
     if x.is_contiguous() and not x.is_conj() and not x.is_neg(): return x
