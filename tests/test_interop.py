@@ -18,6 +18,11 @@ from s4nb.module import activation
 ROUNDED = 1e-6
 
 
+def in_words(x):
+    "A parameter as part of a test's name, the same in every process; functions by pytest's own counting."
+    return None if callable(x) else str(x)
+
+
 def gap(kind, params, state_dict, x, y):
     "The largest difference between our output and theirs, loaded before the turn to float64 and after it."
     first, second = build_state_spaces(kind, params), build_state_spaces(kind, params).double()
@@ -320,7 +325,7 @@ MEMORY_CASES = [({"_name_": "legt", "dt": 0.1, "discretization": "tustin"}, "leg
                 ({"_name_": "glagt", "measure_args": {"alpha": 0.3, "beta": 0.2}}, "glagt", 1.0, "zoh")]
 
 
-@pytest.mark.parametrize("given,measure,dt,rule", MEMORY_CASES, ids=str)
+@pytest.mark.parametrize("given,measure,dt,rule", MEMORY_CASES, ids=in_words)
 def test_memory_cells(given, measure, dt, rule):
     M, N = 2, 5
     lmu = given["_name_"] == "lmu"
@@ -391,9 +396,9 @@ def test_ffn(act, wide):
     (None, lambda x, y, w, i: y), ("none", lambda x, y, w, i: y), ("feedforward", lambda x, y, w, i: y), ("residual", lambda x, y, w, i: x + y),
     ({"_name_": "R", "alpha": 0.5, "beta": 2.0}, lambda x, y, w, i: 0.5 * x + 2 * y), ("decay", lambda x, y, w, i: (1 - 1 / i)**0.5 * x + i**-0.5 * y),
     ({"_name_": "D", "power": 2.0, "l2": False}, lambda x, y, w, i: (1 - i**-2) * x + i**-2 * y),
-    ({"_name_": "affine", "scalar": False, "alpha": 0.5}, lambda x, y, w, i: 0.5 * x + w * y)], ids=str)
+    ({"_name_": "affine", "scalar": False, "alpha": 0.5}, lambda x, y, w, i: 0.5 * x + w * y)], ids=in_words)
 @pytest.mark.parametrize("norm", [None, {"_name_": "layer", "eps": 0.1}, {"_name_": "layer", "elementwise_affine": False},
-                                  {"_name_": "instance", "affine": True}, {"_name_": "group", "eps": 0.01}, {"_name_": "batch", "affine": False}], ids=str)
+                                  {"_name_": "instance", "affine": True}, {"_name_": "group", "eps": 0.01}, {"_name_": "batch", "affine": False}], ids=in_words)
 def test_residuals_and_norms(residual, combine, norm):
     import torch.nn.functional as F
     given = dict(norm or {})
@@ -434,7 +439,7 @@ def test_highway(given):
 @pytest.mark.parametrize("pool,frames", [
     ({"_name_": "sample", "stride": 2}, lambda x: x[:, ::2]), ({"_name_": "sample", "stride": 4, "expand": 1}, lambda x: x[:, ::4]),
     ({"_name_": "sample", "stride": 2, "expand": 2}, lambda x: x[:, ::2, [0, 0, 1, 1, 2, 2]]), ("avg", lambda x: x),
-    ({"_name_": "avg", "stride": 4}, lambda x: torch.nn.functional.avg_pool1d(x.mT, 4).mT)], ids=str)
+    ({"_name_": "avg", "stride": 4}, lambda x: torch.nn.functional.avg_pool1d(x.mT, 4).mT)], ids=in_words)
 def test_pools(pool, frames): near(run("backbone", {"d_model": 3, "layer": {"_name_": "id"}, "pool": pool}, {}, X), frames(X))
 
 
@@ -487,7 +492,7 @@ def test_kernels_without_structure(mode, transform):
 
 @pytest.mark.parametrize("given", [{}, {"d_state": 8}, {"bandlimit": 0.05, "is_real": False}, {"dt_fast": True, "dt_tie": False, "d_state": 8},
                                    {"measure": "diag-inv", "init": None, "d_state": 8}, {"init": "diag-legsd", "B_init": "legs", "d_state": 8},
-                                   {"init": ["diag-inv", "diag-lin"], "d_state": 8, "activation": "tanh"}], ids=str)
+                                   {"init": ["diag-inv", "diag-lin"], "d_state": 8, "activation": "tanh"}], ids=in_words)
 @pytest.mark.parametrize("is_real", [False, True])
 def test_diagonal_kernels(given, is_real):
     given = {"is_real": is_real, **given}
