@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from s4nb.data.base import (DataModule, EpochOrder, TaskCard, TokenDataset, cached_folder, data_root, encode, pad_batch,
-                            verify, vocabulary, write_atomically)
+from s4nb.data import base
+from s4nb.data.base import (ArrayDataset, DataModule, EpochOrder, TaskCard, TokenDataset, cache_base, cached_folder,
+                            data_root, encode, fingerprint, map_rows, new_rows, pad_batch, random_slices, verify,
+                            vocabulary, write_atomically)
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +33,7 @@ def test_vocabulary_and_padding_match_the_reference(vectors, min_freq):
     ids = [encode(s, vocab) for s in strings]
     assert [list(arrays[f"{case}/ids_{i}"]) for i in (0, 1)] == ids
     assert list(arrays[f"{case}/ids_lmax10_0"]) == encode(strings[0], vocab, l_max=10)
-    x, _, lengths = pad_batch([(torch.tensor(i), 0) for i in ids])
+    x, _, lengths, _ = pad_batch([(torch.tensor(i), 0) for i in ids])
     assert np.array_equal(x, arrays[f"{case}/padded"]) and np.array_equal(lengths, arrays[f"{case}/lengths"])
 
 
@@ -145,16 +147,95 @@ class Toy(DataModule):
 
 def test_loader_gives_every_example_in_any_number_of_workers():
     batches = [list(Toy().loader("val", batch_size=6, workers=w)) for w in (0, 1)]
-    assert [len(y) for _, y, _ in batches[0]] == [6, 6, 6, 2]
-    for a, b in zip(*batches): assert all(torch.equal(p, q) for p, q in zip(a, b))
-    for x, _, lengths in batches[0]:
-        for row, l in zip(x, lengths): assert row[l - 1] == 2 and (row[:l - 1] == 3).all() and (row[l:] == 0).all()
-    assert max(int(lengths.max()) for _, _, lengths in batches[0]) == 15
+    assert [len(y) for _, y, _, _ in batches[0]] == [6, 6, 6, 2]
+    for a, b in zip(*batches):
+        assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.rate == b.rate == 1
+        assert (a.lengths is b.lengths is None) or torch.equal(a.lengths, b.lengths)
+    for x, _, lengths, _ in batches[0]:
+        for row, l in zip(x, [x.shape[1]] * len(x) if lengths is None else lengths):
+            assert row[l - 1] == 2 and (row[:l - 1] == 3).all() and (row[l:] == 0).all()
+    assert [b.x.shape[1] for b in batches[0]] == [7, 13, 15, 15] and batches[0][-1].lengths is None
 
 
 def test_floats_are_padded_too():
-    x, y, lengths = pad_batch([(torch.ones(2, 3), 1), (torch.ones(4, 3), 0)])
+    x, y, lengths, _ = pad_batch([(torch.ones(2, 3), 1), (torch.ones(4, 3), 0)])
     assert x.shape == (2, 4, 3) and x[0, 2:].abs().sum() == 0 and lengths.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("rate", [1, 2, 3, 5])
+def test_rate_keeps_every_rate_th_step(rate):
+    xs = [torch.randn(l, 2, generator=torch.Generator().manual_seed(l)) for l in (1, 7, 10)]
+    batch = pad_batch([(x, torch.tensor([0.5])) for x in xs], rate)
+    assert batch.rate == rate and batch.y.shape == (3, 1)
+    for x, row, l in zip(xs, batch.x, batch.lengths):
+        kept = x[[t for t in range(len(x)) if t % rate == 0]]
+        assert int(l) == len(kept) and torch.equal(row[:l], kept) and row[l:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("x, rate", [(torch.ones(4, 1), 1.5), (torch.ones(4, 1), 0), (torch.ones(4).long(), 2)], ids=["1.5", "0", "tokens"])
+def test_a_rate_that_is_none(x, rate):
+    with pytest.raises(ValueError, match=f"rate={rate} "): pad_batch([(x, 0)], rate)
+
+
+def test_more_than_256_kinds_of_tokens():
+    data = TokenDataset(torch.tensor([300, 7, 65000]), torch.tensor([2, 1]), torch.tensor([0, 1]), l_max=9, eos=2)
+    assert [x.tolist() for x, _ in data] == [[300, 7, 2], [65000, 2]]
+
+
+@pytest.mark.parametrize("sizes", [(45_000, 5_000), (160_000, 20_000, 20_000), (54_000, 6_000)], ids=str)
+def test_splits_are_those_of_random_split(sizes):
+    """First indices of the reference's splits of CIFAR, Pathfinder and MNIST (its seed 42)."""
+    starts = {50_000: ([37542, 44491, 216, 43688, 41558], [17408, 40845, 3378, 22188, 44921]),
+              60_000: ([37542, 43087, 2992, 25810, 39634], [33841, 37977, 40521, 16882, 50296]),
+              200_000: ([37542, 143173, 127710, 58234, 152906], [122036, 135593, 30913, 110858, 149407],
+                        [143170, 45464, 153084, 73281, 46339])}[sum(sizes)]
+    slices = random_slices(sizes)
+    assert [s[:5].tolist() for s in slices] == [list(s) for s in starts] and [len(s) for s in slices] == list(sizes)
+
+
+def test_a_folder_one_cannot_write_to(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert cache_base(tmp_path / "data" / "aan") == tmp_path / "data" / "aan"
+    (tmp_path / "file").write_text("")
+    assert cache_base(tmp_path / "file" / "aan") == tmp_path / "own/s4nb/aan"
+
+
+def test_fingerprint_changes_with_names_sizes_and_times(tmp_path):
+    (tmp_path / "b").mkdir()
+    paths = [tmp_path / "a.png", tmp_path / "b/c.png"]
+    for p in paths: p.write_text("12")
+    seen = [fingerprint(paths, tmp_path), fingerprint(paths[:1], tmp_path)]
+    assert fingerprint(paths[::-1], tmp_path) == seen[0]
+    os.utime(paths[0], (1, 1))
+    seen.append(fingerprint(paths, tmp_path))
+    paths[0].write_text("123")
+    os.utime(paths[0], (1, 1))
+    seen.append(fingerprint(paths, tmp_path))
+    assert len(set(seen)) == 4
+
+
+def test_a_large_file_is_hashed_again_only_when_it_was_touched(monkeypatch, tmp_path):
+    monkeypatch.setattr(base, "LARGE", 1000)
+    folder, _ = cached_folder(tmp_path, "c", {}, lambda tmp: (tmp / "x").write_bytes(bytes(2000)) and None)
+    hashed, real = [], base.file_sha256
+    monkeypatch.setattr(base, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    verify(folder)
+    assert hashed == []
+    (folder / "x").write_bytes(bytes(1999) + b"1")
+    with pytest.raises(ValueError, match="other content"): verify(folder)
+    (folder / "x").write_bytes(bytes(2000))                                 # touched, but whole
+    verify(folder)
+    assert hashed == ["x", "x"]
+
+
+def test_mapped_rows_are_read_and_never_written(tmp_path):
+    rows = new_rows(tmp_path / "x.npy", (5, 2), "uint8")
+    rows[:] = np.arange(10).reshape(5, 2)
+    rows.flush()
+    data = ArrayDataset(map_rows(tmp_path / "x.npy"), [0, 1, 2, 3, 4], torch.tensor([4, 2]), lambda x: x.float()[:, None])
+    assert [(x.tolist(), int(y)) for x, y in data] == [([[8.0], [9.0]], 4), ([[4.0], [5.0]], 2)]
+    data.x[2] = 0
+    assert map_rows(tmp_path / "x.npy")[2].tolist() == [4, 5] and data.labels.tolist() == [4, 2]
 
 
 def test_a_module_without_load_says_so():

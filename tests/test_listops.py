@@ -222,7 +222,7 @@ def test_torch_threads_and_random_states_are_left_alone():
 def test_the_task(data_path):
     task = ListOps("listops-mini", seed=3, **TINY)
     assert task.made is None and "LRA's files where they lie" in str(task.card)
-    x, y, lengths = next(iter(task.loader("train", batch_size=20, bucket=3)))         # prepares by itself
+    x, y, lengths, _ = next(iter(task.loader("train", batch_size=20, bucket=3)))         # prepares by itself
     assert x.dtype == torch.int64 and x.shape == (20, lengths.max()) and 65 <= lengths.min() and lengths.max() <= 257
     names = {i: t for t, i in task.vocabulary.items()}
     for row, label, l in zip(x.tolist(), y.tolist(), lengths.tolist()):

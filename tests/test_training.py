@@ -30,7 +30,7 @@ def without_times(rows):
 
 def test_overfits_a_tiny_batch(place):
     data, model = build(small(place, "model.d_model=16"))
-    x, y, lengths = next(iter(data.loader("train", 16)))
+    x, y, lengths, _ = next(iter(data.loader("train", 16)))
     optimizer = torch.optim.AdamW(param_groups(model, 0.01, 0.0))
     for _ in range(80):
         loss = nn.functional.cross_entropy(model(x, lengths), y)
@@ -79,7 +79,7 @@ def test_evaluation_sees_every_example_once(place):
     e = small(place)
     data, _ = build(e)
     for split, loader in zip(("train", "val", "test"), loaders(e, data)):
-        labels = torch.cat([y for _, y, _ in loader])
+        labels = torch.cat([batch.y for batch in loader])
         assert torch.equal(labels.sort().values, getattr(data, split).labels.sort().values)
 
 

@@ -41,7 +41,7 @@ def set_length(model, l_max):
         kernel.set_length(l_max)
     return len(kernels)
 
-# %% ../../nbs/6_training/56_task.ipynb #83dd1a5f
+# %% ../../nbs/6_training/56_task.ipynb #a0105639
 class Classification(L.LightningModule):
     """Trains a model x, lengths → logits (b n_classes) by cross-entropy with AdamW.
 
@@ -55,13 +55,13 @@ class Classification(L.LightningModule):
         for stage in ("train", "val", "test"):
             setattr(self, f"{stage}_accuracy", MulticlassAccuracy(n_classes, average="micro"))
 
-    def forward(self, x, lengths=None):
-        return self.model(x, lengths=lengths)
+    def forward(self, x, lengths=None, rate=1.0):
+        return self.model(x, lengths=lengths, rate=rate)
 
     def measure(self, stage, batch):
         "Logs loss and accuracy of one batch; the loss."
-        x, y, lengths = batch
-        logits = self(x, lengths)
+        x, y, lengths, rate = batch
+        logits = self(x, lengths, rate)
         loss, accuracy = F.cross_entropy(logits, y), getattr(self, f"{stage}_accuracy")
         accuracy(logits, y)
         logged = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
