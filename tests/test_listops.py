@@ -282,8 +282,18 @@ def test_released_files_are_read_in_every_layout(data_path, where):
 def test_released_files_on_a_read_only_disk(data_path, tmp_path, monkeypatch):
     released_files(tmp_path / "shared")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     task = ListOps("lra-listops", data_dir=tmp_path / "shared").prepare()
-    assert task.cache.parent == data_path / "listops" and not list((tmp_path / "shared").glob("tokens*"))
+    assert task.cache.parent == tmp_path / "own/s4nb/shared" and not list((tmp_path / "shared").glob("tokens*"))
+
+
+def test_state_says_where_the_data_come_from(data_path):
+    task = ListOps("lra-listops", **TINY)
+    assert task.state().startswith("generate: ") and not (data_path / "listops").exists()
+    task.prepare()
+    assert task.state() == f"ready: {task.cache}"
+    released_files(data_path / "listops")
+    assert ListOps("lra-listops").state() == f"read from {data_path / 'listops'}"
 
 
 def test_a_changed_released_file_is_read_anew(data_path):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'LARGE', 'TaskCard', 'data_root', 'dataset_dir', 'cache_base', 'write_atomically', 'locked', 'file_sha256',
-           'settings_key', 'fingerprint', 'cached_folder', 'fill', 'verify', 'Progress', 'vocabulary', 'encode',
-           'new_rows', 'map_rows', 'random_slices', 'ArrayDataset', 'Batch', 'TokenDataset', 'pad_batch', 'EpochOrder',
-           'DataModule']
+           'settings_key', 'fingerprint', 'cache_path', 'cached_folder', 'fill', 'verify', 'Progress', 'vocabulary',
+           'encode', 'new_rows', 'map_rows', 'random_slices', 'ArrayDataset', 'Batch', 'TokenDataset', 'pad_batch',
+           'EpochOrder', 'DataModule']
 
-# %% ../../nbs/5_data/40_base.ipynb #6d2f8869
+# %% ../../nbs/5_data/40_base.ipynb #2205a0a7
 import fcntl
 import hashlib
 import json
@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -62,7 +61,7 @@ class TaskCard:
     def _repr_markdown_(self):
         return "\n".join([f"| **{self.name}** | |", "|---|---|"] + [f"| {k} | {v} |" for k, v in self.rows()])
 
-# %% ../../nbs/5_data/40_base.ipynb #847df17b
+# %% ../../nbs/5_data/40_base.ipynb #b44f9a18
 def data_root():
     """The folder of all datasets: the environment variable DATA_PATH, or ./data."""
     return Path(os.environ.get("DATA_PATH") or "data").absolute()
@@ -75,13 +74,10 @@ def dataset_dir(name, data_dir=None):
 
 def cache_base(folder):
     """Where to keep what is made from the data in `folder`: there, or ~/.cache/s4nb/NAME when one cannot write there."""
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s4nb" / Path(folder).name
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return Path(folder)
-    except OSError:
-        return own
+    folder = Path(folder).absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK): return folder
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s4nb" / folder.name
 
 # %% ../../nbs/5_data/40_base.ipynb #54e3f24d
 def write_atomically(path, write):
@@ -132,8 +128,13 @@ def fingerprint(paths, base):
     stats = ((Path(p).relative_to(base).as_posix(), Path(p).stat()) for p in paths)
     return settings_key(sorted([name, s.st_size, s.st_mtime_ns] for name, s in stats))
 
-# %% ../../nbs/5_data/40_base.ipynb #e5fe2ee7
+# %% ../../nbs/5_data/40_base.ipynb #9d703a95
 LARGE = 1 << 26                                         # bytes from which an untouched file is not hashed again
+
+
+def cache_path(base, name, settings):
+    """The folder that `cached_folder` makes, which exists when it has been made."""
+    return Path(base) / f"{name}-{settings_key(settings)}"
 
 
 def cached_folder(base, name, settings, make, explain=None):
@@ -142,7 +143,7 @@ def cached_folder(base, name, settings, make, explain=None):
     `make` writes files and returns facts (a dict of plain values) that manifest.json keeps beside settings, sizes and
     checksums. A damaged or edited file → ValueError; `explain(path)` may add what is wrong inside it.
     """
-    folder = Path(base) / f"{name}-{settings_key(settings)}"
+    folder = cache_path(base, name, settings)
     if not folder.exists():
         with locked(folder.with_name(f".{folder.name}.lock")):
             for left in folder.parent.glob(f".{folder.name}.*.tmp"):      # of killed processes: the lock is ours
