@@ -292,8 +292,8 @@ def test_state_says_where_the_data_come_from(data_path):
     assert task.state().startswith("generate: ") and not (data_path / "listops").exists()
     task.prepare()
     assert task.state() == f"ready: {task.cache}"
-    released_files(data_path / "listops")
-    assert ListOps("lra-listops").state() == f"read from {data_path / 'listops'}"
+    released_files(data_path / "listops/listops-1000")
+    assert ListOps("lra-listops").state() == f"read from {data_path / 'listops/listops-1000'}"
 
 
 def test_a_changed_released_file_is_read_anew(data_path):

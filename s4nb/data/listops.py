@@ -303,7 +303,7 @@ def make_files(folder, sizes, seed, shortest, longest, workers, name):
                     bar(done := done + 1)
     return {"vocabulary": save_tokens(Path(folder) / "tokens.pt", splits)}
 
-# %% ../../nbs/5_data/42_listops.ipynb #b93dedd5
+# %% ../../nbs/5_data/42_listops.ipynb #d9ec6f5e
 VARIANTS = {"lra-listops": (501, 1999, 2048), "listops-mini": (64, 256, 257)}   # shortest, longest; l_max with <eos>
 SIZES = (96_000, 2_000, 2_000)
 PUBLISHED = {"Transformer (LRA)": 36.37, "Reformer (LRA)": 37.27, "S4-LegS (HTTYH)": 59.60,
@@ -393,4 +393,4 @@ class ListOps(DataModule):
             licence="generated data: none needed; LRA's code: Apache-2.0",
             source="Nangia & Bowman 2018 (ListOps); Tay et al. 2021 (Long Range Arena)",
             baseline={f"majority class, {s}": f"{100 * self.majority(s)[1]:.1f} %" for s in SPLITS} if ready else {},
-            published=PUBLISHED if lra else {}, size="generated, 400 MB on disk" if lra else "generated, 70 MB on disk")
+            published=PUBLISHED if lra else {}, size="generated, 770 MB on disk" if lra else "generated, 120 MB on disk")
