@@ -4,19 +4,16 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'REBUILD', 'ALLOWED', 'CIFAR_CLASSES', 'CIFAR_FOLDER', 'CIFAR_ROWS', 'CIFAR_BATCHES', 'IDX_FILES',
-           'decode_image', 'luma', 'ImageSource', 'store', 'check_labels', 'intact', 'members', 'place_of',
-           'list_images', 'image_folder', 'folder_pieces', 'ArrayUnpickler', 'load_batch', 'cifar_batches',
-           'cifar_pieces', 'open_idx', 'idx_blocks', 'idx_files', 'idx_images', 'idx_pieces']
+           'decode_image', 'luma', 'ImageSource', 'store', 'check_labels', 'members', 'place_of', 'list_images',
+           'image_folder', 'folder_pieces', 'ArrayUnpickler', 'load_batch', 'cifar_batches', 'cifar_pieces', 'open_idx',
+           'idx_blocks', 'idx_files', 'idx_images', 'idx_pieces', 'source_files']
 
-# %% ../../nbs/5_data/45_image_files.ipynb #4ef20ced
+# %% ../../nbs/5_data/45_image_files.ipynb #fd93c461
 import gzip
 import io
-import lzma
 import os
 import pickle
 import struct
-import tarfile
-import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -28,6 +25,7 @@ from typing import Callable
 import numpy as np
 
 from .base import SPLITS, Progress, new_rows
+from .download import archive_files, readable
 
 # %% ../../nbs/5_data/45_image_files.ipynb #2da28c69
 def decode_image(data, where, mode="RGB", size=None):
@@ -53,15 +51,14 @@ def luma(x):
     x = x.astype(np.uint32)
     return (19595 * x[..., 0] + 38470 * x[..., 1] + 7471 * x[..., 2] + 0x8000 >> 16).astype(np.uint8)
 
-# %% ../../nbs/5_data/45_image_files.ipynb #e6054d4a
+# %% ../../nbs/5_data/45_image_files.ipynb #358906f7
 @dataclass(frozen=True)
 class ImageSource:
     """Images found somewhere: `pieces()` yields (split, rows (a slice), images (k h w [3]) uint8, labels (k)).
 
-    what: its name on the card; files: what it is read from; classes: their names; count {split: images}; shape (h w [3]).
+    what: its name on the card; classes: their names; count {split: images}; shape (h w [3]).
     """
     what: str
-    files: tuple
     classes: tuple
     count: dict
     shape: tuple
@@ -74,10 +71,9 @@ def store(source, folder, grey=False):
     images = {s: new_rows(Path(folder) / f"{s}_images.npy", (n, *shape), np.uint8) for s, n in source.count.items()}
     labels = {s: new_rows(Path(folder) / f"{s}_labels.npy", (n,), np.int64) for s, n in source.count.items()}
     done, total = 0, sum(source.count.values())
-    with Progress(total, f"reading {source.what}") as bar:
-        for split, rows, x, y in source.pieces():
-            images[split][rows], labels[split][rows] = luma(x) if grey and x.ndim == 4 else x, y
-            bar(done := done + len(y))
+    for split, rows, x, y in source.pieces():
+        images[split][rows], labels[split][rows] = luma(x) if grey and x.ndim == 4 else x, y
+        done += len(y)
     for rows in (*images.values(), *labels.values()): rows.flush()
     if done != total: raise ValueError(f"{source.what}: {done:,} images came, {total:,} were there before; run again")
     return {"what": source.what, "classes": list(source.classes), "count": source.count, "shape": list(shape)}
@@ -90,34 +86,25 @@ def check_labels(labels, classes, path):
     if not len(wrong): return labels.astype(np.int64)
     raise ValueError(f"{path}, row {wrong[0]}: label {labels[wrong[0]]}, allowed are 0…{len(classes) - 1}; get the file again")
 
-# %% ../../nbs/5_data/45_image_files.ipynb #38df19d7
-@contextmanager
-def intact(path):
-    """Any sign inside the block that the compressed file `path` is damaged or cut short → one ValueError naming it."""
-    try:
-        yield
-    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile) as e:
-        raise ValueError(f"{path} is damaged or was cut short ({e}); get it again") from e
+# %% ../../nbs/5_data/45_image_files.ipynb #51cf3979
+def members(place, wanted):
+    """(name, read) of the files whose `wanted(name)` is true, in a folder (sorted) or an archive (in its own order).
 
-
-def members(place):
-    """(name, read) of every file in a folder, a zip, or a tar archive; `read()` -> bytes, before asking for the next."""
+    read() -> the file's bytes; to be called before the next file is asked for.
+    """
     place = Path(place)
-    if place.is_dir():
-        for folder, subfolders, files in os.walk(place):
-            subfolders.sort()
-            for path in (Path(folder) / name for name in sorted(files)):
-                yield path.relative_to(place).as_posix(), path.read_bytes
-    elif zipfile.is_zipfile(place):
-        with zipfile.ZipFile(place) as archive:
-            for info in archive.infolist():
-                if not info.is_dir(): yield info.filename, partial(archive.read, info)
-    else:
-        with tarfile.open(place, "r|*") as archive:
-            for info in archive:
-                if info.isfile(): yield info.name, archive.extractfile(info).read
+    if not place.is_dir():
+        for path, content in archive_files(place, lambda name: bool(wanted(name))):
+            yield path.as_posix(), content.read
+        return
+    paths = (Path(folder) / name for folder, _, names in os.walk(place) for name in names)
+    names = sorted(name for name in (path.relative_to(place).as_posix() for path in paths) if wanted(name))
+    with Progress(len(names), f"reading {place}") as bar:
+        for i, name in enumerate(names):
+            yield name, (place / name).read_bytes
+            bar(i + 1)
 
-# %% ../../nbs/5_data/45_image_files.ipynb #f7c874cd
+# %% ../../nbs/5_data/45_image_files.ipynb #5f15dbd8
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 
@@ -133,13 +120,11 @@ def place_of(name, place):
 def list_images(place, mode, size):
     """One pass over a folder or an archive: ({(split, class, file): name} in order, shape of the first image)."""
     found, shape = {}, None
-    with intact(place):
-        for name, read in members(place):
-            key = place_of(name, place)
-            if key is None: continue
-            if key in found: raise ValueError(f"{place}: {'/'.join(key)} is there twice; remove {name} or the other one")
-            found[key] = name
-            if shape is None: shape = decode_image(read(), f"{name} in {place}", mode, size).shape
+    for name, read in members(place, lambda name: place_of(name, place)):
+        key = place_of(name, place)
+        if key in found: raise ValueError(f"{place}: {'/'.join(key)} is there twice; remove {name} or the other one")
+        found[key] = name
+        if shape is None: shape = decode_image(read(), f"{name} in {place}", mode, size).shape
     if not found: raise ValueError(f"{place} holds no image ({' '.join(SUFFIXES)}); expected CLASS/FILE or train/CLASS/FILE")
     return dict(sorted(found.items())), shape
 
@@ -159,24 +144,21 @@ def image_folder(place, mode="RGB", size=None, what=None):
         if key[1] not in classes or (known == "all") != (key[0] == "all"):
             raise ValueError(f"{place}: {keys[key]} fits nowhere: the other images lie in {known}, of classes "
                              f"{', '.join(classes[:9]) or 'none'}; move it")
-    files = tuple(place / name for name in keys.values()) if place.is_dir() else (place,)
     pieces = partial(folder_pieces, place, tuple(keys), classes, shape, mode, size)
-    return ImageSource(what or place.name, files, classes, count, shape, pieces)
+    return ImageSource(what or place.name, classes, count, shape, pieces)
 
 
 def folder_pieces(place, keys, classes, shape, mode, size):
     """The pieces of an image_folder, one image each, in the order the folder or archive hands them out."""
     begin = {split: i for i, (split, _, _) in reversed(list(enumerate(keys)))}
     rows = {key: i - begin[key[0]] for i, key in enumerate(keys)}
-    with intact(place):
-        for name, read in members(place):
-            key = place_of(name, place)
-            if key not in rows: continue
-            x = decode_image(read(), f"{name} in {place}", mode, size)
-            if x.shape != shape:
-                raise ValueError(f"{name} in {place} has {x.shape[0]} x {x.shape[1]} pixels, another image {shape[0]} x "
-                                 f"{shape[1]}; give size=(h, w) to resize all of them")
-            yield key[0], slice(rows[key], rows[key] + 1), x[None], [classes.index(key[1])]
+    for name, read in members(place, lambda name: place_of(name, place) in rows):
+        key = place_of(name, place)
+        x = decode_image(read(), f"{name} in {place}", mode, size)
+        if x.shape != shape:
+            raise ValueError(f"{name} in {place} has {x.shape[0]} x {x.shape[1]} pixels, another image {shape[0]} x "
+                             f"{shape[1]}; give size=(h, w) to resize all of them")
+        yield key[0], slice(rows[key], rows[key] + 1), x[None], [classes.index(key[1])]
 
 # %% ../../nbs/5_data/45_image_files.ipynb #1605fdc8
 REBUILD = np.empty(0).__reduce__()[0]
@@ -207,7 +189,7 @@ def load_batch(data, path, rows, classes):
                          "get the file again")
     return x.reshape(rows, 3, 32, 32).transpose(0, 2, 3, 1), check_labels(y, classes, path)
 
-# %% ../../nbs/5_data/45_image_files.ipynb #df1192cf
+# %% ../../nbs/5_data/45_image_files.ipynb #934850e9
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_FOLDER, CIFAR_ROWS = "cifar-10-batches-py", 10_000
 CIFAR_BATCHES = {f"data_batch_{i + 1}": ("train", i) for i in range(5)} | {"test_batch": ("test", 0)}
@@ -221,24 +203,20 @@ def cifar_batches(place, rows=CIFAR_ROWS):
     place = Path(place)
     missing = [name for name in CIFAR_BATCHES if place.is_dir() and not (place / name).exists()]
     if missing: raise ValueError(f"{place} holds no {', '.join(missing)}; get it again")
-    files = tuple(place / name for name in CIFAR_BATCHES) if place.is_dir() else (place,)
-    return ImageSource("CIFAR-10", files, CIFAR_CLASSES, {"train": 5 * rows, "test": rows}, (32, 32, 3),
+    return ImageSource("CIFAR-10", CIFAR_CLASSES, {"train": 5 * rows, "test": rows}, (32, 32, 3),
                        partial(cifar_pieces, place, rows))
 
 
 def cifar_pieces(place, rows):
     """The pieces of cifar_batches, a batch each."""
     missing = set(CIFAR_BATCHES)
-    with intact(place):
-        for name, read in members(place):
-            batch = name.split("/")[-1]
-            if batch not in missing: continue
-            split, i = CIFAR_BATCHES[batch]
-            yield split, slice(i * rows, (i + 1) * rows), *load_batch(read(), f"{name} in {place}", rows, CIFAR_CLASSES)
-            missing.remove(batch)
+    for name, read in members(place, lambda name: Path(name).name in missing):
+        split, i = CIFAR_BATCHES[Path(name).name]
+        yield split, slice(i * rows, (i + 1) * rows), *load_batch(read(), f"{name} in {place}", rows, CIFAR_CLASSES)
+        missing.remove(Path(name).name)
     if missing: raise ValueError(f"{place} holds no {', '.join(sorted(missing))}; get it again")
 
-# %% ../../nbs/5_data/45_image_files.ipynb #30c28019
+# %% ../../nbs/5_data/45_image_files.ipynb #525864fa
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -247,7 +225,7 @@ def open_idx(path, dims):
     """An idx file of unsigned bytes, plain or .gz, as (open file behind the header, shape); otherwise → ValueError."""
     with open(path, "rb") as f:
         packed = f.read(2) == b"\x1f\x8b"
-    with intact(path), (gzip.open if packed else open)(path, "rb") as f:
+    with readable(path), (gzip.open if packed else open)(path, "rb") as f:
         head, magic = f.read(4 + 4 * dims), bytes([0, 0, 8, dims])
         if head[:4] != magic or len(head) < 4 + 4 * dims:
             raise ValueError(f"{path} begins with {head[:4].hex() or 'nothing'}; an idx file of bytes in {dims} dimension(s) "
@@ -286,7 +264,7 @@ def idx_images(folder, classes, what):
         count[split] = n
         shapes.add(tuple(shape))
     if len(shapes) > 1: raise ValueError(f"{folder}: images of {shapes} pixels in train and test; get them again")
-    return ImageSource(what, tuple(files.values()), tuple(classes), count, shapes.pop(), partial(idx_pieces, pairs, classes))
+    return ImageSource(what, tuple(classes), count, shapes.pop(), partial(idx_pieces, pairs, classes))
 
 
 def idx_pieces(pairs, classes):
@@ -296,3 +274,12 @@ def idx_pieces(pairs, classes):
         for x in idx_blocks(images, 3):
             yield split, slice(start, start + len(x)), x, y[start:start + len(x)]
             start += len(x)
+
+# %% ../../nbs/5_data/45_image_files.ipynb #d0adf032
+def source_files(place):
+    """The files a reader reads: the archive itself; of a folder its images, batches and idx files, sorted."""
+    place = Path(place)
+    if not place.is_dir(): return [place]
+    paths = (Path(folder) / name for folder, _, names in os.walk(place) for name in names if not name.startswith("."))
+    known = {*CIFAR_BATCHES, *IDX_FILES}
+    return sorted(p for p in paths if p.suffix.lower() in SUFFIXES or p.name.removesuffix(".gz") in known)
