@@ -43,7 +43,7 @@ def announce(what, need, folder):
         raise OSError(errno.ENOSPC, f"{what} needs {need:,} bytes, {folder} has {free:,} free: make room there, or "
                                     "choose another folder (DATA_PATH, data_dir), and run again")
 
-# %% ../../nbs/5_data/41_download.ipynb #450ac037
+# %% ../../nbs/5_data/41_download.ipynb #490078df
 class Interrupted(Exception):
     """A transfer broke off in a way that another attempt may mend."""
 
@@ -86,7 +86,7 @@ def ask(url, part):
     except HTTPError as e:
         if e.code == 416:                                       # nothing after our last byte, or another file
             if (e.headers.get("Content-Range") or "").endswith(f"*/{have}"): return None, have
-            Path(f"{part}.json").unlink()
+            Path(f"{part}.json").unlink(missing_ok=True)
         if e.code >= 500 or e.code in (408, 416, 429): raise Interrupted(f"status {e.code} {e.reason}") from e
         raise OSError(errno.ENOENT, refused % f"status {e.code} {e.reason}") from e
     except (OSError, HTTPException) as e:
@@ -183,7 +183,7 @@ def download(url, path, sha256=None, md5=None, size=None, pauses=(1, 2, 4)):
                   f"{record.read_text()[:64]}", file=sys.stderr)
     return path
 
-# %% ../../nbs/5_data/41_download.ipynb #1c17c020
+# %% ../../nbs/5_data/41_download.ipynb #1f4c2867
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 OPENERS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open))
 
@@ -236,8 +236,8 @@ def zip_files(archive, stream, members, strip):
     with zipfile.ZipFile(stream) as z:
         for info in z.infolist():
             regular = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
-            if not info.is_dir():
-                with z.open(info) as f: yield chosen(info.filename, regular, archive, members, strip), f
+            path = None if info.is_dir() else chosen(info.filename, regular, archive, members, strip)
+            if path: yield path, z.open(info)
 
 
 def reader(raw, undo):
@@ -301,7 +301,7 @@ def extract(archive, folder, members=None, strip=0):
             shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../../nbs/5_data/41_download.ipynb #206d665d
+# %% ../../nbs/5_data/41_download.ipynb #ccd08daa
 HARD = "curv_contour_length_14"                                 # the level of Pathfinder that the benchmark uses
 LRA = {"listops": ("listops-1000", "listops", [f"basic_{s}.tsv" for s in SPLITS]),      # released folder, ours, files
        "aan": ("tsv_data", "aan", [f"new_aan_pairs.{s}.tsv" for s in ("train", "eval", "test")]),
@@ -310,7 +310,7 @@ LRA = {"listops": ("listops-1000", "listops", [f"basic_{s}.tsv" for s in SPLITS]
 
 
 def find_lra(root, part):
-    """The folder with a part (a key of LRA), `root` or below it in any layout; None: nowhere; not whole → ValueError."""
+    """The folder with a part (key of LRA), `root` or below it in any layout; None: nowhere; not whole → ValueError."""
     if part not in LRA: raise ValueError(f"Long Range Arena has no part {part!r}: one of {', '.join(LRA)}")
     root, (released, ours, files) = Path(root), LRA[part]
     single = [root / "lra_release" / released, root / released]
