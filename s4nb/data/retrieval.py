@@ -253,7 +253,7 @@ def manual_pages(folder):
     links = {a: list(dict.fromkeys(b for b in map(own, cited) if b in texts and b != a)) for a, cited in cites.items()}
     return texts, links, release
 
-# %% ../../nbs/5_data/44_retrieval.ipynb #23d59d4b
+# %% ../../nbs/5_data/44_retrieval.ipynb #d79131b5
 def role(page, seed):
     """The split to which a page belongs, by a hash of its name: 10 % test, 10 % val, else train."""
     share = int(hashlib.sha256(f"{seed} {page}".encode()).hexdigest()[:8], 16) / 2**32
@@ -263,21 +263,25 @@ def role(page, seed):
 def draw_pairs(links, seed):
     """{split: [(label, a, b), …]}: each citation a → b, and for each of them an a → b′ that is none, in random order.
 
-    A pair is test's when one of its pages is, else val's when one is, else train's. b′ is drawn among the pages that
-    the citations name, as often as they do, of the split and section of b: neither page alone tells the label.
+    A pair is test's when one of its pages is, else val's when one is, else train's. The b′ are a split's cited pages of
+    one role and section dealt out anew, each as often as it is cited there: neither page alone tells the label.
     """
-    rng, pools, used = random.Random(f"manpages {seed}"), {}, set()
+    rng, pools, drawn = random.Random(f"manpages {seed}"), {}, {split: [] for split in SPLITS}
+    split = lambda a, b: max(role(a, seed), role(b, seed), key=SPLITS.index)
+    kind = lambda a, b: (split(a, b), role(b, seed), b[b.rindex("("):])
     positives = sorted((a, b) for a, cited in links.items() for b in cited)
-    kind = lambda b: (role(b, seed), b[b.rindex("("):])
-    for _, b in positives: pools.setdefault(kind(b), []).append(b)
-    drawn = {split: [] for split in SPLITS}
-    for a, b in positives:
-        for other in rng.choices(pools[kind(b)], k=100):
-            if other == a or other in links[a] or a in links[other] or {(a, other), (other, a)} & used: continue
-            used.add((a, other))
-            split = max(role(a, seed), role(b, seed), key=SPLITS.index)
-            drawn[split] += [(1, a, b), (0, a, other)]
-            break                                       # without a b′ the citation is left out as well
+    taken = {a: {a, *cited} for a, cited in links.items()}          # what may not be a's b′
+    for a, b in positives: taken[b].add(a)
+    rng.shuffle(positives)
+    for a, b in positives: pools.setdefault(kind(a, b), []).append(b)
+    for a, b in rng.sample(positives, len(positives)):
+        pool = pools[kind(a, b)]
+        at = next((k for k, c in enumerate(pool) if c not in taken[a]), None)
+        if at is None: continue                         # nothing is left to be b′: the citation is left out as well
+        other = pool.pop(at)
+        taken[a].add(other)
+        taken[other].add(a)
+        drawn[split(a, b)] += [(1, a, b), (0, a, other)]
     for rows in drawn.values(): rng.shuffle(rows)
     return drawn
 
