@@ -26,7 +26,7 @@ from .base import (SPLITS, DataModule, Progress, TaskCard, cache_base, cached_fo
                             fingerprint, map_rows, new_rows, pad_batch, vocabulary)
 from .download import SOURCES, extract_lra, fetch, find_lra
 
-# %% ../../nbs/5_data/44_retrieval.ipynb #d8494cd5
+# %% ../../nbs/5_data/44_retrieval.ipynb #bc70983b
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
 FIELDS = ("label", "id1", "id2", "text1", "text2")
 
@@ -53,8 +53,8 @@ def read_pairs(path):
             except UnicodeDecodeError as e:
                 refuse(n, f"byte {e.object[e.start]:#04x} of a text is not UTF-8")
             except ValueError:
-                refuse(n, f"the label is 0 or 1, got {fields[0][:20].decode(errors='replace')!r}")
-            if label not in (0, 1): refuse(n, f"the label is 0 or 1, got {fields[0].decode()}")
+                label = None
+            if label not in (0, 1): refuse(n, f"the label is 0 or 1, got {fields[0][:20].decode(errors='replace')!r}")
             if not (text1 and text2): refuse(n, f"text{1 if not text1 else 2} is empty")
             yield int(label), text1, text2
             bar(done := done + len(line))
@@ -295,14 +295,14 @@ def read_pages(folder, seed):
                          f"among them for three splits: {INSTALL}")
     return {split: ((y, texts[a], texts[b]) for y, a, b in rows) for split, rows in drawn.items()}, release
 
-# %% ../../nbs/5_data/44_retrieval.ipynb #1a2bb57b
+# %% ../../nbs/5_data/44_retrieval.ipynb #95f8b6cc
 NAMES = ("lra-aan", "manpages")
 COUNTS = {"train": 147_086, "val": 18_090, "test": 17_437}
 PUBLISHED = {"Transformer (LRA)": 57.46, "Reformer (LRA)": 53.40, "BigBird (LRA)": 59.29, "Sparse Trans. (LRA)": 59.59,
              "S4-LegS (HTTYH)": 90.90, "Mega-chunk (Mega)": 90.97, "Mega (Mega)": 91.25}
 CARDS = {"lra-aan": {"licence": "the papers' authors; by LRA's README only the ids of the pairs may be passed on, so "
                                 "read the texts where they are and do not commit them",
-                     "source": "Radev et al. 2013 (ACL Anthology Network); Tay et al. 2021 (Long Range Arena)",
+                     "source": "Radev et al. 2013 (ACL Anthology Network, AAN); Tay et al. 2021 (Long Range Arena)",
                      "published": PUBLISHED, "size": SOURCES["lra"].what},
          "manpages": {"licence": "each page its own, all free: GPL, BSD, Linux-man-pages-copyleft, …",
                       "source": "Linux man-pages project; Debian packages manpages, manpages-dev"}}
@@ -333,20 +333,26 @@ class Retrieval(DataModule):
         if self.data_dir: return Path(self.data_dir).absolute() if page_files(self.data_dir) else None
         return next((p for p in (data_root() / "manpages", STANDARD_PLACE) if any(p.glob("man2/intro.2*"))), None)
 
+    def archive(self):
+        """LRA's archive, where it is (data_dir, DATA_PATH) or would be downloaded to, once for all its tasks."""
+        places = [Path(root).absolute() / SOURCES["lra"].name for root in (self.data_dir, data_root()) if root]
+        return next((p for p in places if p.exists()), places[-1])
+
     def state(self):
         try:
             place = self.find()
         except ValueError as e:                         # a part of the files
             return f"missing: {e}"
-        if place: return f"read from {place}" if self.aan else f"generate: about 5 s, from {place}"
-        return f"download: {SOURCES['lra'].what}" if self.aan else f"missing: {INSTALL}"
+        if not self.aan: return f"generate: about 5 s, from {place}" if place else f"missing: {INSTALL}"
+        place = place or (self.archive() if self.archive().exists() else None)
+        return f"read from {place}" if place else f"download: {SOURCES['lra'].what}"
 
     def fetch(self):
         """The folder to read from; LRA's archive is downloaded and unpacked where needed."""
         place = self.find()
         if not place and not self.aan: raise ValueError(f"no manual pages are found: {INSTALL}")
         root = Path(self.data_dir).absolute() if self.data_dir else data_root()
-        return place or extract_lra(fetch(SOURCES["lra"], root), root, ["aan"])["aan"]
+        return place or extract_lra(fetch(SOURCES["lra"], self.archive().parent), root, ["aan"])["aan"]
 
     def prepare(self):
         """Read the pairs once into a cache: each distinct document as ids, pairs as numbers of documents. -> self"""
