@@ -295,7 +295,7 @@ def read_pages(folder, seed):
                          f"among them for three splits: {INSTALL}")
     return {split: ((y, texts[a], texts[b]) for y, a, b in rows) for split, rows in drawn.items()}, release
 
-# %% ../../nbs/5_data/44_retrieval.ipynb #95f8b6cc
+# %% ../../nbs/5_data/44_retrieval.ipynb #94710f99
 NAMES = ("lra-aan", "manpages")
 COUNTS = {"train": 147_086, "val": 18_090, "test": 17_437}
 PUBLISHED = {"Transformer (LRA)": 57.46, "Reformer (LRA)": 53.40, "BigBird (LRA)": 59.29, "Sparse Trans. (LRA)": 59.59,
@@ -339,6 +339,7 @@ class Retrieval(DataModule):
         return next((p for p in places if p.exists()), places[-1])
 
     def state(self):
+        """Where `prepare` would read, in one line."""
         try:
             place = self.find()
         except ValueError as e:                         # a part of the files
@@ -347,7 +348,7 @@ class Retrieval(DataModule):
         place = place or (self.archive() if self.archive().exists() else None)
         return f"read from {place}" if place else f"download: {SOURCES['lra'].what}"
 
-    def fetch(self):
+    def obtain(self):
         """The folder to read from; LRA's archive is downloaded and unpacked where needed."""
         place = self.find()
         if not place and not self.aan: raise ValueError(f"no manual pages are found: {INSTALL}")
@@ -356,7 +357,7 @@ class Retrieval(DataModule):
 
     def prepare(self):
         """Read the pairs once into a cache: each distinct document as ids, pairs as numbers of documents. -> self"""
-        place = self.fetch()
+        place = self.obtain()
         files = [place / name for name in FILES.values()] if self.aan else page_files(place)
         settings = {"what": "pairs 1", "name": self.name, "l_max": self.l_max, "bos": self.bos, "eos": self.eos,
                     "seed": None if self.aan else self.seed, "files": fingerprint(files, place)}
