@@ -1,6 +1,7 @@
 """Every dataset of the experiments: prepared by one call, named for what it is. Imports nothing of the models."""
 
-from s4nb.data.base import DataModule, TaskCard, data_root, pad_batch
+from s4nb.data.base import Batch, DataModule, TaskCard, data_root, pad_batch
 from s4nb.data.listops import ListOps
+from s4nb.data.tasks import TASKS, OwnData, task
 
-__all__ = ["DataModule", "ListOps", "TaskCard", "data_root", "pad_batch"]
+__all__ = ["TASKS", "Batch", "DataModule", "ListOps", "OwnData", "TaskCard", "data_root", "pad_batch", "task"]
