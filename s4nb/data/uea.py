@@ -99,12 +99,12 @@ class TsFile:
         except ValueError as e:
             self.refuse(f"not a number: {e}")
 
-# %% ../../nbs/5_data/53_uea.ipynb #09c4ea23
+# %% ../../nbs/5_data/53_uea.ipynb #5bdda82f
 TWIN = {"train": 1422, "test": 1436}                            # as many as CharacterTrajectories has
 
 
 def pen_stroke(rng, letter):
-    """A pen-like curve, the `letter`-th of a fixed alphabet drawn by `rng` in its own way. -> (l 3) velocity and force"""
+    """A pen-like curve, the `letter`-th of a fixed alphabet as `rng` draws it. -> (l 3) velocity and force"""
     shape = np.random.default_rng([2006, letter])
     k = np.arange(1, 6)
     size, phase = shape.normal(size=(3, 5)) / k, shape.uniform(0, 2 * np.pi, (3, 5))
@@ -137,7 +137,7 @@ def write_twin(folder, seed, sizes):
         examples = ((pen_stroke(rng, int(c)), c + 1) for c in letters)
         write_ts(Path(folder) / f"PenTwin_{split.upper()}.ts", "PenTwin", [str(c + 1) for c in range(20)], examples)
 
-# %% ../../nbs/5_data/53_uea.ipynb #699a24b9
+# %% ../../nbs/5_data/53_uea.ipynb #de3dfe5a
 def convert(path, folder, split, classes):
     """A `.ts` file as SPLIT.f32 (steps of all series; the time since the first as channel 0, if given) and SPLIT.pt."""
     file, lengths, labels, missing = TsFile(path), [], [], 0
@@ -169,7 +169,7 @@ def stratified(labels, share, seed):
 
 
 class SeriesDataset(Dataset):
-    """The series `index` of a converted file: items (view(steps (l d), i), label); `view` leaves out a share `missing`."""
+    """The series `index` of a converted file as items (view(steps (l d), i), label); view drops a share `missing`."""
 
     def __init__(self, folder, split, width, index=None, view=None, missing=0.0):
         stored = torch.load(Path(folder) / f"{split}.pt", weights_only=True)
@@ -250,11 +250,11 @@ def statistics(data, first):
     std = (square / count.clamp(min=1) - mean ** 2).clamp(min=0).sqrt()
     return mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float(), last or 1.0
 
-# %% ../../nbs/5_data/53_uea.ipynb #ba875370
+# %% ../../nbs/5_data/53_uea.ipynb #da467652
 class UEA(DataModule):
     """A problem of the UEA archive by its name there, "character-trajectories", or its twin "pen-twin" made here.
 
-    val: share of train for validation. train_rate, test_rate: one step of how many is kept in train and val, and in test;
+    val: share of train for validation. train_rate, test_rate: one step of how many is kept, in train and val, in test;
     told: whether batches say so. missing: share of steps left out at random. times: a channel with the time, 0…1
     (default: where steps are left out or the file has times). mask: for each channel another, 1 where a value is known.
     """
@@ -264,8 +264,8 @@ class UEA(DataModule):
         if not (0 < val < 1 and 0 <= missing < 1):
             raise ValueError(f"val is a share between 0 and 1, missing one from 0 on; got val={val}, missing={missing}")
         if any(r != int(r) or r < 1 for r in (train_rate, test_rate)) or missing and (train_rate, test_rate) != (1, 1):
-            raise ValueError(f"rates are whole numbers ≥ 1, and 1 where steps are left out; got train_rate={train_rate}, "
-                             f"test_rate={test_rate}, missing={missing}")
+            raise ValueError("rates are whole numbers ≥ 1, and 1 where steps are left out; got "
+                             f"train_rate={train_rate}, test_rate={test_rate}, missing={missing}")
         self.name, self.archive, self.twin = name, NAMES.get(name, name), name == "pen-twin"
         self.data_dir, self.val_share, self.seed, self.sizes = data_dir, val, int(seed), dict(sizes)
         self.train_rate, self.test_rate, self.told = int(train_rate), int(test_rate), told
@@ -339,7 +339,7 @@ class UEA(DataModule):
         """The task card, counted once the data are prepared."""
         return series_card(self)
 
-# %% ../../nbs/5_data/53_uea.ipynb #b4724048
+# %% ../../nbs/5_data/53_uea.ipynb #dcc9a3a2
 def series_card(task):
     """The card of a UEA problem."""
     facts = task.facts
@@ -354,7 +354,7 @@ def series_card(task):
         splits={s: len(task.dataset(s)) for s in SPLITS} if facts else {},
         length=f"{min(lengths)}–{max(lengths)} steps" if facts else f"up to {task.l_max} steps",
         vocabulary="velocity in x and y, force" if pen else f"{task.d_input} channels",
-        metric=f"accuracy, {task.d_output} classes", licence="made here: none needed" if task.twin else "see the archive",
-        source="Bagnall et al. 2018 (UEA archive)" + "; Williams et al. 2006; Gu, Dao et al. 2020 (HiPPO, which divides "
-               "train and test together 70/15/15)" * pen,
+        metric=f"accuracy, {task.d_output} classes", licence="none needed" if task.twin else "see the archive",
+        source="Bagnall et al. 2018 (UEA archive)" + "; Williams et al. 2006; Gu, Dao et al. 2020 (HiPPO: train, test "
+               "together, divided 70/15/15)" * pen,
         baseline={f"majority class, {s}": f"{100 * task.majority(s)[1]:.1f} %" for s in SPLITS} if facts else {})
