@@ -139,6 +139,9 @@ def test_found_in_folders_and_zips(tmp_path, monkeypatch):
     assert torch.equal(task.test[0][0], plain[0])
     assert sorted(p.name for p in (tmp_path / "uea/Mine").iterdir()) == ["Mine_TEST.ts", "Mine_TRAIN.ts"]
     assert find_ts("Mine", None) == tmp_path / "uea/Mine"
+    (tmp_path / "uea/Multivariate_ts").mkdir()                               # as the archive of all problems unpacks
+    (tmp_path / "uea/Mine").rename(tmp_path / "uea/Multivariate_ts/Mine")
+    assert find_ts("Mine", None) == tmp_path / "uea/Multivariate_ts/Mine"
     assert UEA("character-trajectories").state() == "download: CharacterTrajectories.zip, size unknown"
 
 
@@ -193,12 +196,13 @@ def pen(tmp_path_factory):
 
 
 def test_the_twin_is_named_so_and_the_same_every_time(pen, tmp_path):
+    assert UEA("pen-twin", data_dir=tmp_path).state().startswith("generate")
     a, b = UEA("pen-twin", **pen).prepare(), UEA("pen-twin", data_dir=tmp_path, sizes=pen["sizes"])
     assert torch.equal(a.test[3][0], b.test[3][0]) and a.test[3][1] == b.test[3][1]
     assert not torch.equal(UEA("pen-twin", seed=1, **pen).test[3][0][:50], a.test[3][0][:50])
     assert "twin" in a.card.variant and "no handwriting" in a.card.variant and not a.card.published
     assert sorted(np.bincount(a.test.labels)) == [2] * 20 and a.card.splits == {"train": 40, "val": 20, "test": 40}
-    assert not list(a.cache.glob("*.ts"))
+    assert not list(a.cache.glob("*.ts")) and a.state() == f"ready: {a.cache}"
 
 
 @pytest.mark.parametrize("train_rate, test_rate, told", [(1, 2, True), (2, 1, True), (1, 2, False)])

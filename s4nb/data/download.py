@@ -340,7 +340,7 @@ def extract_lra(archive, root, parts):
     if None in found.values(): raise ValueError(f"{archive} has not all of {', '.join(parts)}: is it the LRA release?")
     return found
 
-# %% ../../nbs/5_data/41_download.ipynb #340842a1
+# %% ../../nbs/5_data/41_download.ipynb #6ab04742
 @dataclass(frozen=True)
 class Source:
     """A file on the network: its licence, what it must be (bytes and SHA-256, None where unknown), what it is."""
@@ -385,9 +385,9 @@ FASHION = idx_sources("http://fashion-mnist.s3-website.eu-central-1.amazonaws.co
 SOURCES = {
     "lra": Source("https://storage.googleapis.com/long-range-arena/lra_release.gz", "Apache-2.0 (its code)", None, None,
                   "Long Range Arena: ListOps, AAN, Pathfinder; about 8 GB, 18.6 GB unpacked"),
-    "imdb": Source("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "for research", 84_125_825,
+    "imdb": Source("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "none stated", 84_125_825,
                    "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe", "50,000 film reviews"),
-    "cifar10": Source("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "for research", 170_498_071,
+    "cifar10": Source("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "none stated", 170_498_071,
                       "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce", "60,000 colour images"),
     "speech-commands": Source("http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz", "CC BY 4.0",
                               2_428_923_189, "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
@@ -395,5 +395,5 @@ SOURCES = {
     "fsdd": Source("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz",
                    "CC BY-SA 4.0", None, None, "3,000 spoken digits"),
     "character-trajectories": Source("https://www.timeseriesclassification.com/aeon-toolkit/CharacterTrajectories.zip",
-                                     "Williams, UCI repository", None, None, "2,858 pen strokes"),
+                                     "none stated", None, None, "2,858 pen strokes"),
     **{f"mnist/{name}": s for name, s in MNIST.items()}, **{f"fashion-mnist/{name}": s for name, s in FASHION.items()}}

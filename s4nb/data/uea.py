@@ -6,7 +6,7 @@
 __all__ = ['FLAGS', 'PAIR', 'TWIN', 'NAMES', 'TsFile', 'pen_stroke', 'write_ts', 'write_twin', 'convert', 'stratified',
            'SeriesDataset', 'find_ts', 'get_ts', 'make_series', 'make_twin', 'statistics', 'UEA', 'series_card']
 
-# %% ../../nbs/5_data/53_uea.ipynb #092a0a0f
+# %% ../../nbs/5_data/53_uea.ipynb #a4061933
 import re
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .base import (SPLITS, DataModule, Progress, TaskCard, cache_base, cached_folder, data_root, dataset_dir,
-                            fingerprint, pad_batch)
+                            fingerprint, pad_batch, settings_key)
 from .download import SOURCES, Source, extract, fetch
 
 # %% ../../nbs/5_data/53_uea.ipynb #bebcbba6
@@ -250,7 +250,7 @@ def statistics(data, first):
     std = (square / count.clamp(min=1) - mean ** 2).clamp(min=0).sqrt()
     return mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float(), last or 1.0
 
-# %% ../../nbs/5_data/53_uea.ipynb #da467652
+# %% ../../nbs/5_data/53_uea.ipynb #35c409bb
 class UEA(DataModule):
     """A problem of the UEA archive by its name there, "character-trajectories", or its twin "pen-twin" made here.
 
@@ -298,7 +298,8 @@ class UEA(DataModule):
 
     def state(self):
         """Where the data would come from."""
-        if self.twin: return "generate: about 5 s"
+        made = dataset_dir("uea", self.data_dir) / f"{self.archive}-{settings_key(self.settings())}"
+        if self.twin: return f"ready: {made}" if made.exists() else "generate: about 2 s"
         place = find_ts(self.archive, self.data_dir)
         return f"read from {place}" if place else f"download: {self.archive}.zip, size unknown"
 
@@ -339,7 +340,7 @@ class UEA(DataModule):
         """The task card, counted once the data are prepared."""
         return series_card(self)
 
-# %% ../../nbs/5_data/53_uea.ipynb #dcc9a3a2
+# %% ../../nbs/5_data/53_uea.ipynb #d308542e
 def series_card(task):
     """The card of a UEA problem."""
     facts = task.facts
@@ -349,7 +350,8 @@ def series_card(task):
     lengths = [facts[s][k] for k in ("shortest", "longest") for s in ("train", "test")] if facts else [task.l_max]
     pen = task.name in NAMES
     return TaskCard(
-        name=task.name, what="which of 20 curves a pen draws" if pen else f"the class of a time series, {task.archive}",
+        name=task.name, size="" if task.twin else "download: size unknown; prepared 12 bytes a step",
+        what=f"which of 20 {'curves' if task.twin else 'letters'} a pen writes" if pen else "the class of a time series",
         variant=(made if task.twin else f"UEA archive, {task.archive}") + rates + gaps,
         splits={s: len(task.dataset(s)) for s in SPLITS} if facts else {},
         length=f"{min(lengths)}–{max(lengths)} steps" if facts else f"up to {task.l_max} steps",
