@@ -1,4 +1,4 @@
-"""Wave files, MFCC, quantisation, moments, resampling: against the reference's numbers, and with every kind of bad file."""
+"""Wave files, MFCC, quantisation, moments, resampling: against the reference's numbers, and with every bad file."""
 import importlib
 import math
 
@@ -9,8 +9,8 @@ import torch
 soundfile = pytest.importorskip("soundfile")
 torchaudio = pytest.importorskip("torchaudio")
 
-from s4nb.data.audio import (LAWS, Moments, band_limited, decode_audio, decode_wav, encode_audio, mfcc, missing_bytes, normalise,  # noqa: E402
-                             optional, read_wav, resample)
+from s4nb.data.audio import (DROPPED, LAWS, Moments, band_limited, decode_audio, decode_wav,  # noqa: E402
+                             drop_samples, encode_audio, mfcc, missing_bytes, normalise, optional, read_wav, resample)
 
 WAVE = (np.sin(np.arange(16_000) / 9) * 20_000).astype("int16")
 
@@ -64,7 +64,8 @@ def test_bad_files_name_themselves_and_the_fix(tmp_path, case):
 
 
 def test_text_is_no_wav():
-    with pytest.raises(ValueError, match="page.wav: not a readable wav"): decode_wav(b"<html>not found</html>" * 9, "page.wav", 16_000)
+    page = b"<html>not found</html>" * 9
+    with pytest.raises(ValueError, match="page.wav: not a readable wav"): decode_wav(page, "page.wav", 16_000)
 
 
 def test_length_unknown_to_a_pipe_is_no_damage(tmp_path):
@@ -99,7 +100,8 @@ def test_mfcc_equals_the_reference(vectors):
 
 def test_mfcc_of_other_rates_and_sizes():
     x = torch.randn(3, 8000)
-    expected = torchaudio.transforms.MFCC(8000, 13, melkwargs={"n_fft": 400, "hop_length": 160, "n_mels": 40}, log_mels=True)(x)
+    mel = {"n_fft": 400, "hop_length": 160, "n_mels": 40}
+    expected = torchaudio.transforms.MFCC(8000, 13, melkwargs=mel, log_mels=True)(x)
     assert torch.equal(mfcc(x, 8000, 13, 400, 160, 40), expected.transpose(1, 2))
     with pytest.raises(ValueError, match="more than 100 samples, got 100"): mfcc(x[:, :100])
 
@@ -125,9 +127,10 @@ def test_discrete_speech_commands_is_torchaudios_grid(vectors):
 
 
 def test_quantisation_of_silence_and_of_an_unknown_law():
-    assert (encode_audio(torch.zeros(1, 5, 1), law="linear") == 0).all()           # a clip's range is its own: no middle
+    assert (encode_audio(torch.zeros(1, 5, 1), law="linear") == 0).all()    # a clip's range is its own: no middle
     for call in (encode_audio, decode_audio):
-        with pytest.raises(ValueError, match="law 'A' is unknown: one of mu-law, linear"): call(torch.zeros(1, 5, 1), law="A")
+        with pytest.raises(ValueError, match="law 'A' is unknown: one of mu-law, linear"):
+            call(torch.zeros(1, 5, 1), law="A")
 
 
 def test_normalisation_equals_the_reference(vectors):
@@ -165,3 +168,12 @@ def test_band_limit_removes_what_thinning_folds_back():
     t = torch.arange(16_000, dtype=torch.float64) / 16_000
     x = torch.sin(2 * math.pi * 6000 * t)[None, :, None]
     assert resample(x, 2).square().mean() > 0.4 and band_limited(x, 2, 1)[:, 100:-100].square().mean() < 1e-4
+
+
+def test_dropped_positions_are_one_stream_from_the_seed():
+    g, rows = torch.Generator().manual_seed(56789), torch.randint(-32768, 32768, (3, 1000)).to(torch.int16)
+    got = drop_samples(rows, 12.39, torch.Generator().manual_seed(56789))
+    for row, before in zip(got, rows):
+        gone = torch.zeros(1000, dtype=torch.bool)
+        gone[torch.randperm(1000, generator=g)[:123]] = True
+        assert ((row == DROPPED) == gone).all() and torch.equal(row[~gone], before[~gone].clamp(min=-32767))
