@@ -158,6 +158,8 @@ def test_busy_for_ever_missing_refused_unreachable(server, tmp_path):
         with pytest.raises(OSError, match=f"cannot be had .status {status} .*If you have this file, put it at .*f and"):
             download(server.url, tmp_path / "f", pauses=(0,))
     assert len(server.requests) == 4                                         # no second attempt
+    server.statuses = [404]
+    with pytest.raises(OSError, match="a%20b cannot be had"): download(server.url + "?a%20b", tmp_path / "f", pauses=())
     with pytest.raises(ConnectionError, match="cannot be reached"):
         download("http://127.0.0.1:9/f", tmp_path / "f", pauses=())
     with pytest.raises(ValueError, match="takes http://, https:// and file:// addresses, got 'ftp"):

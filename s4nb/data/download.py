@@ -43,7 +43,7 @@ def announce(what, need, folder):
         raise OSError(errno.ENOSPC, f"{what} needs {need:,} bytes, {folder} has {free:,} free: make room there, or "
                                     "choose another folder (DATA_PATH, data_dir), and run again")
 
-# %% ../../nbs/5_data/41_download.ipynb #490078df
+# %% ../../nbs/5_data/41_download.ipynb #ad1d4e10
 class Interrupted(Exception):
     """A transfer broke off in a way that another attempt may mend."""
 
@@ -80,7 +80,7 @@ def ask(url, part):
     have, tag = kept(part, url)
     headers = {"User-Agent": "s4nb", "Accept-Encoding": "identity"}
     if have: headers |= {"Range": f"bytes={have}-", "If-Range": tag}
-    refused = f"{url} cannot be had (%s). If you have this file, put it at {str(part)[:-5]} and run again"
+    refused = lambda why: f"{url} cannot be had ({why}). If you have this file, put it at {str(part)[:-5]} and run again"
     try:
         response = urlopen(Request(url, headers=headers), timeout=30)
     except HTTPError as e:
@@ -88,10 +88,10 @@ def ask(url, part):
             if (e.headers.get("Content-Range") or "").endswith(f"*/{have}"): return None, have
             Path(f"{part}.json").unlink(missing_ok=True)
         if e.code >= 500 or e.code in (408, 416, 429): raise Interrupted(f"status {e.code} {e.reason}") from e
-        raise OSError(errno.ENOENT, refused % f"status {e.code} {e.reason}") from e
+        raise OSError(errno.ENOENT, refused(f"status {e.code} {e.reason}")) from e
     except (OSError, HTTPException) as e:
         why = e.reason if isinstance(e, URLError) else e
-        if url.startswith("file:"): raise OSError(errno.ENOENT, refused % why) from e
+        if url.startswith("file:"): raise OSError(errno.ENOENT, refused(why)) from e
         raise Interrupted(why) from e
     begin = f"bytes {have}-"
     return response, have if (response.headers.get("Content-Range") or "").startswith(begin) else 0
