@@ -103,8 +103,22 @@ def test_without_hydra_all_but_train_works(tmp_path):
 
 
 def test_data_prints_the_card(tmp_path, monkeypatch, capsys):
-    import s4nb.training.experiments as experiments
-    tiny = type("Tiny", (experiments.ListOpsMiniData,), {})
-    monkeypatch.setitem(experiments.GROUPS["dataset"], "tiny", lambda data_dir: tiny(data_dir=data_dir, sizes=[8, 4, 4]))
+    from s4nb.data import tasks
+    monkeypatch.setitem(tasks.TASKS, "tiny", lambda data_dir=None: tasks.ListOps(sizes=[8, 4, 4], data_dir=data_dir))
     assert main(["data", "tiny", "--data-dir", str(tmp_path)]) == 0
-    assert "majority class" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("generate: ")
+    assert main(["data", "tiny", "--data-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("ready: ") and "majority class" in out
+
+
+def test_data_that_cannot_be_had_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    assert main(["data", "manpages", "--data-dir", str(tmp_path / "nowhere")]) == 2
+    assert main(["data", "adding", "--data-dir", "x"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(e.startswith("s4nb: ") for e in errors) and "no option" in errors[1]
+
+    def full(**options): raise OSError(28, "No space left on device")
+    monkeypatch.setitem(__import__("s4nb.data.tasks").data.tasks.TASKS, "full", full)
+    assert main(["data", "full"]) == 1 and "No space left" in capsys.readouterr().err

@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'COMMANDS', 'train_help', 'experiments_table', 'train', 'hydra_command', 'prepare_data', 'list_experiments',
            'main']
 
-# %% ../../nbs/6_training/60_run.ipynb #ad2e9626
+# %% ../../nbs/6_training/60_run.ipynb #87d0882e
 import argparse
 import importlib.util
 import sys
@@ -14,6 +14,7 @@ import sys
 from ..bench import main as measure_kernels
 from ..build import main as compile_kernels
 from ..convert import main as convert_checkpoint
+from ..data.tasks import TASKS, as_text, overview, task
 from ..diagnose import main as examine_machine
 from ..module import one_of
 from ..standalone import main as write_one_file
@@ -94,19 +95,24 @@ def hydra_command(arguments):
         sys.argv = before
     return 0
 
-# %% ../../nbs/6_training/60_run.ipynb #351a86b2
+# %% ../../nbs/6_training/60_run.ipynb #b2853939
 def prepare_data(arguments):
-    "`s4nb data`: lists the datasets or prepares one and prints its card."
-    parser = argparse.ArgumentParser("s4nb data", description="Prepare a dataset and print its card.")
-    parser.add_argument("name", nargs="?", help=", ".join(GROUPS["dataset"]))
-    parser.add_argument("--list", action="store_true", help="list the datasets")
-    parser.add_argument("--data-dir", help="the folder that holds the data (default: DATA_PATH/name, or ./data/name)")
+    "`s4nb data`: every task with its state here, size and licence; or prepares one and prints its card."
+    parser = argparse.ArgumentParser("s4nb data", description="Prepare the data of a task and print its card.")
+    parser.add_argument("name", nargs="?", metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--list", action="store_true", help="every task: where its data come from here, size, licence")
+    parser.add_argument("--data-dir", help="the folder that holds the data (default: that of the task in DATA_PATH or ./data)")
     given = parser.parse_args(arguments)
     if given.list or given.name is None:
-        print("\n".join(f"{name:16} {cls.__doc__}" for name, cls in GROUPS["dataset"].items()))
+        print(as_text(overview()))
         return 0
-    options = GROUPS["dataset"][one_of("dataset", given.name, GROUPS["dataset"])]
-    print(options(data_dir=given.data_dir).build().prepare().card)
+    try:
+        data = task(given.name, **({"data_dir": given.data_dir} if given.data_dir else {}))
+        print(data.state(), flush=True)
+        print(data.prepare().card)
+    except (OSError, ImportError) as error:
+        print(f"s4nb data: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -116,11 +122,11 @@ def list_experiments(arguments):
     print(experiments_table())
     return 0
 
-# %% ../../nbs/6_training/60_run.ipynb #5b735242
+# %% ../../nbs/6_training/60_run.ipynb #ee85b8ee
 COMMANDS = {
     "train": (train, "train a model: one experiment, with changes"),
     "experiments": (list_experiments, "list the experiments with their published results"),
-    "data": (prepare_data, "list the datasets, or prepare one"),
+    "data": (prepare_data, "list all tasks with the state of their data, or prepare one"),
     "doctor": (examine_machine, "tell what works on this machine, and why the rest does not"),
     "build": (compile_kernels, "compile the native kernels of this installation"),
     "bench": (measure_kernels, "measure on this machine what the kernels are worth"),
