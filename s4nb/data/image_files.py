@@ -105,12 +105,12 @@ def members(place, wanted):
             yield name, (place / name).read_bytes
             bar(i + 1)
 
-# %% ../../nbs/5_data/45_image_files.ipynb #f2feada3
+# %% ../../nbs/5_data/45_image_files.ipynb #10333407
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 
 def place_of(name, place):
-    """(split, class, file) of an image's path; split "all" when no train/, val/ or test/ is above it. No image: None."""
+    """(split, class, file) of an image's path; split "all" when no train/, val/, test/ is above it. No image: None."""
     parts = [part for part in name.split("/") if part != "."]
     if not name.lower().endswith(SUFFIXES) or any(p.startswith(".") or p == "__MACOSX" for p in parts): return None
     if len(parts) < 2 or parts[-2] in SPLITS:
@@ -163,7 +163,7 @@ def folder_pieces(place, keys, classes, shape, mode, size):
                              f"{shape[1]}; give size=(h, w) to resize all of them")
         yield key[0], slice(rows[key], rows[key] + 1), x[None], [classes.index(key[1])]
 
-# %% ../../nbs/5_data/45_image_files.ipynb #aba9413b
+# %% ../../nbs/5_data/45_image_files.ipynb #9bfd5f70
 REBUILD = np.empty(0).__reduce__()[0]
 ALLOWED = {("numpy.core.multiarray", "_reconstruct"): REBUILD, ("numpy._core.multiarray", "_reconstruct"): REBUILD,
            ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
@@ -186,10 +186,12 @@ def load_batch(data, path, rows, classes):
         raise ValueError(f"{path} is no batch of CIFAR-10 and was not loaded ({e}); get it again") from e
     batch = batch if isinstance(batch, dict) else {}
     x, y = batch.get(b"data"), batch.get(b"labels")
-    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape != (rows, 3072) or np.shape(y) != (rows,):
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape != (rows, 3072):
         have = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise ValueError(f"{path}: data are {have} with labels {np.shape(y)}; expected uint8 ({rows}, 3072) and "
-                         f"({rows},); get the file again")
+        raise ValueError(f"{path}: data are {have}, expected uint8 ({rows}, 3072); get the file again")
+    if not isinstance(y, list) or len(y) != rows or not all(isinstance(label, int) for label in y):
+        raise ValueError(f"{path}: labels are {str(y)[:40]}…, expected a list of {rows} whole numbers; get the file "
+                         "again")
     return x.reshape(rows, 3, 32, 32).transpose(0, 2, 3, 1), check_labels(y, classes, path)
 
 # %% ../../nbs/5_data/45_image_files.ipynb #934850e9
