@@ -16,8 +16,8 @@ import torch
 
 from s4nb.data import base
 from s4nb.data.base import (ArrayDataset, DataModule, EpochOrder, TaskCard, TokenDataset, cache_base, cached_folder,
-                            data_root, encode, fingerprint, map_rows, new_rows, pad_batch, random_slices, verify,
-                            vocabulary, write_atomically)
+                            data_root, dataset_dir, encode, fingerprint, map_rows, new_rows, pad_batch, random_slices,
+                            verify, vocabulary, write_atomically)
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,18 +84,44 @@ def test_rival_processes_make_a_cache_once(tmp_path):
     assert len((tmp_path / "makers").read_text().split()) == 1
 
 
-def test_a_write_that_the_system_refuses(tmp_path):
+def save_array(tmp):
+    with open(tmp, "wb") as f: np.save(f, np.zeros(9000))
+
+
+@pytest.mark.parametrize("write", [lambda tmp: tmp.write_bytes(b"x" * 50_000), save_array,
+                                   lambda tmp: torch.save(torch.zeros(9000), tmp),
+                                   lambda tmp: new_rows(tmp, (9000, 8), "uint8")], ids=["bytes", "numpy", "torch", "rows"])
+def test_a_write_that_the_system_refuses(tmp_path, write):
+    """Each library says it in a way of its own; numpy without an errno, torch with a RuntimeError."""
     def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
-            write_atomically(tmp_path / "big", lambda tmp: tmp.write_bytes(b"x" * 5000))
+            write_atomically(tmp_path / "big", write)
         except OSError as e:
-            (tmp_path / "error").write_text(str(e))
+            (tmp_path / "error").write_text(f"{e.errno} {e}")
     start(limited).join(60)
     text = (tmp_path / "error").read_text()
-    assert "big could not be written" in text and "nothing half-written was kept" in text
+    assert "big could not be written" in text and "nothing half-written was kept" in text and text[0] in "123456789"
     assert [p.name for p in tmp_path.iterdir()] == ["error"]
+
+
+def test_other_errors_are_passed_on_as_they_are(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    image = pytest.importorskip("PIL.Image")
+    for error, text, make in ((FileNotFoundError, "raw.txt", lambda tmp: open(tmp_path.parent / "raw.txt")),
+                              (OSError, "cannot identify image file", lambda tmp: image.open(tmp_path / "a.png")),
+                              (RuntimeError, "shapes", lambda tmp: torch.zeros(2) @ torch.zeros(3, 4))):
+        with pytest.raises(error, match=text) as e: cached_folder(tmp_path, "c", {}, make)
+        assert "could not be written" not in str(e.value)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="could not be written"): write_atomically(tmp_path / "file/x", print)
+
+
+def test_new_rows_have_their_space_on_the_disk(tmp_path):
+    """Otherwise a disk that fills up kills the process (SIGBUS) at some later row."""
+    new_rows(tmp_path / "x.npy", (1000, 1000), "uint8")
+    assert (tmp_path / "x.npy").stat().st_blocks * 512 >= 1_000_000 and not map_rows(tmp_path / "x.npy").any()
 
 
 def test_keyboard_interrupt_is_passed_on_and_cleaned(tmp_path):
@@ -110,7 +136,12 @@ def test_keyboard_interrupt_is_passed_on_and_cleaned(tmp_path):
 def test_manifest_damaged_or_missing(tmp_path):
     folder, manifest = cached_folder(tmp_path, "c", {"a": [1, 2]}, lambda tmp: {"n": (tmp / "x").write_text("abc")})
     assert manifest["facts"] == {"n": 3} and manifest["settings"] == {"a": [1, 2]} and verify(folder) == manifest
-    (folder / "manifest.json").write_text("{")
+    path = folder / "manifest.json"
+    whole = path.read_text()
+    for was, now in ('"n": 3', '"n": 4'), ("files", "file"), ("digest", "d"), (whole, "[]"), (whole, "null"), (whole, "{}"):
+        path.write_text(whole.replace(was, now))
+        with pytest.raises(ValueError, match="manifest.json: other content.* delete the folder"): verify(folder)
+    path.write_text("{")
     with pytest.raises(ValueError, match="manifest.json: unreadable .* delete the folder"): verify(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="manifest.json: unreadable"): verify(folder)
@@ -122,6 +153,10 @@ def test_data_root(monkeypatch, tmp_path):
     monkeypatch.delenv("DATA_PATH")
     monkeypatch.chdir(tmp_path)
     assert data_root() == tmp_path / "data"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert dataset_dir("aan", "~/x") == tmp_path / "x"
+    monkeypatch.setenv("DATA_PATH", "~/y")
+    assert dataset_dir("aan") == tmp_path / "y/aan"
 
 
 @pytest.mark.parametrize("n, size, bucket", [(1, 4, 3), (7, 8, 5), (64, 8, 4), (103, 10, 3), (103, 10, 100)])
@@ -172,7 +207,8 @@ def test_rate_keeps_every_rate_th_step(rate):
         assert int(l) == len(kept) and torch.equal(row[:l], kept) and row[l:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("x, rate", [(torch.ones(4, 1), 1.5), (torch.ones(4, 1), 0), (torch.ones(4).long(), 2)], ids=["1.5", "0", "tokens"])
+@pytest.mark.parametrize("x, rate", [(torch.ones(4, 1), 1.5), (torch.ones(4, 1), 0), (torch.ones(4).long(), 2)],
+                         ids=["1.5", "0", "tokens"])
 def test_a_rate_that_is_none(x, rate):
     with pytest.raises(ValueError, match=f"rate={rate} "): pad_batch([(x, 0)], rate)
 
@@ -232,7 +268,7 @@ def test_mapped_rows_are_read_and_never_written(tmp_path):
     rows = new_rows(tmp_path / "x.npy", (5, 2), "uint8")
     rows[:] = np.arange(10).reshape(5, 2)
     rows.flush()
-    data = ArrayDataset(map_rows(tmp_path / "x.npy"), [0, 1, 2, 3, 4], torch.tensor([4, 2]), lambda x: x.float()[:, None])
+    data = ArrayDataset(map_rows(tmp_path / "x.npy"), range(5), torch.tensor([4, 2]), lambda x: x.float()[:, None])
     assert [(x.tolist(), int(y)) for x, y in data] == [([[8.0], [9.0]], 4), ([[4.0], [5.0]], 2)]
     data.x[2] = 0
     assert map_rows(tmp_path / "x.npy")[2].tolist() == [4, 5] and data.labels.tolist() == [4, 2]
