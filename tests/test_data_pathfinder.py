@@ -312,6 +312,38 @@ def test_cards(data):
     assert "16,384" in Pathfinder("lra-pathx").card.length and Pathfinder("lra-pathx").card.published
 
 
+# ---- generated -------------------------------------------------------------------------------------------------------
+def test_generated(data):
+    a = Pathfinder(n=24, workers=1)
+    assert a.state() == "generate: about 1 s" and a.prepare().place is None
+    raw = data / "pathfinder/generated-24-seed0/pathfinder32" / HARD
+    X, Y = (np.load(a.cache / f"{name}.npy") for name in ("images", "labels"))
+    found = Pathfinder(data_dir=data / "pathfinder/generated-24-seed0").prepare()      # the same files, read as a copy
+    assert (np.load(found.cache / "images.npy") == X).all() and (np.load(found.cache / "labels.npy") == Y).all()
+    assert (np.asarray(Image.open(raw / "imgs/0/sample_5.png")) == X[5]).all() and 0 < Y.sum() < 24
+    assert "generated here" in a.card.variant and "not LRA's images" in a.card.variant
+    assert "generated as in s4nb.data.contours, not LRA's" in found.card.variant
+    shutil.rmtree(raw)                                                  # prepared once, it needs them no more
+    assert Pathfinder(n=24).prepare().cache == a.cache
+    other = Pathfinder(n=24, seed=1).prepare()
+    assert (np.load(other.cache / "images.npy") != X).any() and other.cache != a.cache
+
+
+def test_an_interrupted_generation_goes_on(data, monkeypatch):
+    def killed(*args): raise KeyboardInterrupt
+    drawn = []
+    with monkeypatch.context() as m:
+        m.setattr(pathfinder, "decode_copy", killed)
+        with pytest.raises(KeyboardInterrupt): Pathfinder(n=12, workers=1).prepare()
+    monkeypatch.setattr("s4nb.data.contours.write_batch", lambda *a: drawn.append(a))
+    assert Pathfinder(n=12, workers=1).prepare().facts["n"] == 12 and not drawn
+
+
+@pytest.mark.parametrize("seconds,text", [(0.2, "1 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h")])
+def test_durations(seconds, text):
+    assert pathfinder.duration(seconds) == text
+
+
 # ---- can it be trusted -----------------------------------------------------------------------------------------------
 def test_check_copy():
     good = {"n": 10_000, "label 1": 0.5, **EXPECTED[128]}
