@@ -6,9 +6,9 @@
 __all__ = ['SUFFIXES', 'REBUILD', 'ALLOWED', 'CIFAR_CLASSES', 'CIFAR_FOLDER', 'CIFAR_ROWS', 'CIFAR_BATCHES', 'IDX_FILES',
            'decode_image', 'luma', 'ImageSource', 'store', 'check_labels', 'members', 'place_of', 'list_images',
            'image_folder', 'folder_pieces', 'ArrayUnpickler', 'load_batch', 'cifar_batches', 'cifar_pieces', 'open_idx',
-           'idx_blocks', 'idx_files', 'idx_images', 'idx_pieces', 'digit_table', 'source_files']
+           'idx_blocks', 'idx_files', 'idx_images', 'idx_pieces', 'digit_table', 'source_files', 'source_digest']
 
-# %% ../../nbs/5_data/45_image_files.ipynb #fd93c461
+# %% ../../nbs/5_data/45_image_files.ipynb #96ec40a5
 import gzip
 import io
 import os
@@ -24,7 +24,7 @@ from typing import Callable
 
 import numpy as np
 
-from .base import SPLITS, Progress, new_rows
+from .base import SPLITS, Progress, fingerprint, new_rows
 from .download import archive_files, readable
 
 # %% ../../nbs/5_data/45_image_files.ipynb #99ea2cd1
@@ -105,7 +105,7 @@ def members(place, wanted):
             yield name, (place / name).read_bytes
             bar(i + 1)
 
-# %% ../../nbs/5_data/45_image_files.ipynb #10333407
+# %% ../../nbs/5_data/45_image_files.ipynb #78fc290c
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 
@@ -131,7 +131,7 @@ def list_images(place, mode, size):
         raise ValueError(f"{place} holds no image ({' '.join(SUFFIXES)}); expected CLASS/FILE or train/CLASS/FILE")
     return dict(sorted(found.items())), shape
 
-
+# %% ../../nbs/5_data/45_image_files.ipynb #799d6cbe
 def image_folder(place, mode="RGB", size=None, what=None):
     """A folder or an archive (tar, zip) of images, (train|val|test)/CLASS/FILE or CLASS/FILE, as an ImageSource.
 
@@ -221,7 +221,7 @@ def cifar_pieces(place, rows):
         missing.remove(Path(name).name)
     if missing: raise ValueError(f"{place} holds no {', '.join(sorted(missing))}; get it again")
 
-# %% ../../nbs/5_data/45_image_files.ipynb #b4f66cfa
+# %% ../../nbs/5_data/45_image_files.ipynb #19bb2626
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -249,7 +249,7 @@ def idx_blocks(path, dims, rows=4096):
             yield np.frombuffer(data, np.uint8).reshape(k, *shape)
         if f.read(1): raise ValueError(f"{path} goes on after the {n} rows it promises; get it again")
 
-
+# %% ../../nbs/5_data/45_image_files.ipynb #72e75685
 def idx_files(folder):
     """{name: path} of those of the four idx files, plain or .gz, that a folder has."""
     found = {name: [p for p in (Path(folder) / name, Path(folder) / f"{name}.gz") if p.exists()] for name in IDX_FILES}
@@ -289,7 +289,7 @@ def digit_table(path, classes, what):
     pieces = partial(iter, [("all", slice(None), images, labels)])
     return ImageSource(what, tuple(classes), {"all": len(table)}, (8, 8), pieces)
 
-# %% ../../nbs/5_data/45_image_files.ipynb #d0adf032
+# %% ../../nbs/5_data/45_image_files.ipynb #c8b0ade4
 def source_files(place):
     """The files a reader reads: the archive itself; of a folder its images, batches and idx files, sorted."""
     place = Path(place)
@@ -297,3 +297,9 @@ def source_files(place):
     paths = (Path(folder) / name for folder, _, names in os.walk(place) for name in names if not name.startswith("."))
     known = {*CIFAR_BATCHES, *IDX_FILES}
     return sorted(p for p in paths if p.suffix.lower() in SUFFIXES or p.name.removesuffix(".gz") in known)
+
+
+def source_digest(place):
+    """A digest of those files' names, sizes and times: it changes when the data do."""
+    place = Path(place)
+    return fingerprint(source_files(place), place if place.is_dir() else place.parent)

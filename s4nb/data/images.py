@@ -8,7 +8,7 @@ __all__ = ['ORDERS', 'CLOTHES', 'TEN', 'MANY', 'COLLECTIONS', 'IMAGE_TASKS', 'bi
            'find_digits', 'find_images', 'download_images', 'rows_of', 'ImageTask', 'channels_text', 'image_card',
            'check_options', 'Images']
 
-# %% ../../nbs/5_data/46_images.ipynb #efb03aa5
+# %% ../../nbs/5_data/46_images.ipynb #391b9911
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from .base import (SPLITS, ArrayDataset, DataModule, TaskCard, cache_base, cache_path, cached_folder,
-                            data_root, dataset_dir, fingerprint, map_rows, pad_batch, random_slices)
+                            data_root, dataset_dir, map_rows, pad_batch, random_slices)
 from .download import FASHION, MNIST, SOURCES, fetch
 from .image_files import (CIFAR_BATCHES, CIFAR_CLASSES, cifar_batches, digit_table, idx_files, idx_images,
-                                   image_folder, source_files, store)
+                                   image_folder, source_digest, store)
 
 # %% ../../nbs/5_data/46_images.ipynb #cc9cff78
 def bit_reversal(n):
@@ -294,7 +294,7 @@ def check_options(name, permute, tokenize, sequence, resample, grey):
     if not sequence: allowed = ("pixels", "resize")
     if resample not in allowed: raise ValueError(f"resample={resample!r}: here one of {', '.join(allowed)}")
 
-# %% ../../nbs/5_data/46_images.ipynb #606be7c2
+# %% ../../nbs/5_data/46_images.ipynb #936af4c7
 class Images(DataModule):
     """Images as sequences of pixels: a task of IMAGE_TASKS, or "images", a folder or archive `data_dir` of your own.
 
@@ -339,15 +339,13 @@ class Images(DataModule):
 
     def settings(self, found):
         """All that shapes the prepared files: what is read, in which form."""
-        base = found.path if found.path.is_dir() else found.path.parent
         return {"what": "images 1", "found": found.what, "grey": self.grey, "size": self.size,
-                "files": fingerprint(source_files(found.path), base)}
+                "files": source_digest(found.path)}
 
     def home(self):
         """The folder and the name of the prepared files."""
         name = self.task.collection or "images"
-        folder = dataset_dir(name, self.data_dir if self.known else None)
-        return cache_base(folder), name + "-grey" * self.grey
+        return cache_base(dataset_dir(name, self.data_dir if self.known else None)), name + "-grey" * self.grey
 
     def make(self, found, folder):
         """Fill a new cache folder with the rows of the images, if there are as many of each kind as there must be."""
@@ -362,14 +360,14 @@ class Images(DataModule):
         if self.cache: return self
         found = self.find() or download_images(self.task.collection, self.data_dir, self.mode)
         self.cache, manifest = cached_folder(*self.home(), self.settings(found), partial(self.make, found))
-        facts, self.found = manifest["facts"], found
-        self.fix(facts["shape"], facts["classes"], facts["count"], self.top)
+        self.found = found
+        self.fix(*(manifest["facts"][key] for key in ("shape", "classes", "count")), self.top)
         return self
 
     def state(self):
         """Where the images come from, in one line."""
-        found, kind = self.find(), self.known
-        if not found: return kind.missing if kind else f"missing: put images into {self.data_dir}/CLASS"
+        found = self.find()
+        if not found: return self.known.missing if self.known else f"missing: put images into {self.data_dir}/CLASS"
         made = cache_path(*self.home(), self.settings(found))
         return f"ready: {made}" if made.exists() else f"read from {found.path}"
 
