@@ -236,6 +236,19 @@ def test_a_folder_one_cannot_write_to(monkeypatch, tmp_path):
     assert cache_base(tmp_path / "file" / "aan") == tmp_path / "own/s4nb/aan"
 
 
+def test_a_cache_made_where_others_only_read_is_used(monkeypatch, tmp_path):
+    shared, own, make = tmp_path / "shared", tmp_path / "own", lambda tmp: {"n": (tmp / "x").write_text("abc")}
+    ready, _ = cached_folder(shared, "c", {"a": 1}, make)
+    assert ready.parent == shared
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own))
+    monkeypatch.setattr(base.os, "access", lambda *_: False)                # root may write anywhere
+    before = sorted(shared.rglob("*"))
+    assert cached_folder(shared, "c", {"a": 1}, None)[0] == ready
+    assert cached_folder(shared, "c", {"a": 2}, make)[0].parent == own / "s4nb/shared"
+    assert cached_folder(shared, "c", {"a": 2}, None)[0].parent == own / "s4nb/shared"
+    assert sorted(shared.rglob("*")) == before
+
+
 def test_fingerprint_changes_with_names_sizes_and_times(tmp_path):
     (tmp_path / "b").mkdir()
     paths = [tmp_path / "a.png", tmp_path / "b/c.png"]

@@ -110,12 +110,11 @@ def write_atomically(path, write):
                       "folder (DATA_PATH, data_dir), and run again") from e
     return path
 
-# %% ../../nbs/5_data/40_base.ipynb #29e40aad
+# %% ../../nbs/5_data/40_base.ipynb #b185467b
 @contextmanager
 def locked(path):
     """Hold the lock file `path`: one process at a time. The system frees it when its holder dies, however it dies."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
@@ -140,7 +139,7 @@ def fingerprint(paths, base):
     stats = ((Path(p).relative_to(base).as_posix(), Path(p).stat()) for p in paths)
     return settings_key(sorted([name, s.st_size, s.st_mtime_ns] for name, s in stats))
 
-# %% ../../nbs/5_data/40_base.ipynb #74624034
+# %% ../../nbs/5_data/40_base.ipynb #849da34b
 LARGE = 1 << 26                                         # bytes from which an untouched file is not hashed again
 
 
@@ -152,10 +151,12 @@ def cache_path(base, name, settings):
 def cached_folder(base, name, settings, make, explain=None):
     """The folder base/name-<key of settings>, made by `make(folder)` when absent, then verified. -> (path, manifest)
 
+    Where one cannot write to `base` and it is not there ready-made, it is made in `cache_base(base)`.
     `make` writes files and returns facts (a dict of plain values) that manifest.json keeps beside settings, sizes and
     checksums. A damaged or edited file → ValueError; `explain(path)` may add what is wrong inside it.
     """
-    folder = cache_path(base, name, settings)
+    places = [cache_path(place, name, settings) for place in (base, cache_base(base))]
+    folder = next((place for place in places if place.exists()), places[1])
     if not folder.exists():
         with locked(folder.with_name(f".{folder.name}.lock")):
             for left in folder.parent.glob(f".{folder.name}.*.tmp"):      # of killed processes: the lock is ours
@@ -195,7 +196,7 @@ def verify(folder, explain=None):
         refuse(name, "missing" if size < 0 else what + f" ({detail})" * bool(detail))
     return manifest
 
-# %% ../../nbs/5_data/40_base.ipynb #bba1648e
+# %% ../../nbs/5_data/40_base.ipynb #21088c4c
 class Progress:
     """A progress bar on a terminal's stderr, silent elsewhere: `with Progress(total, what) as bar: bar(done)`."""
 
@@ -211,8 +212,7 @@ class Progress:
 
     def __enter__(self): return self
 
-    def __exit__(self, *exc):
-        if self.show and self.last: sys.stderr.write("\n")
+    def __exit__(self, *exc): sys.stderr.write("\n" * bool(self.show and self.last))
 
 # %% ../../nbs/5_data/40_base.ipynb #ea40bf12
 def vocabulary(counts, specials=("<pad>", "<unk>", "<eos>"), min_freq=1):

@@ -266,7 +266,7 @@ def text_card(task):
         source="your folder" if task.name == "text-folder" else "Maas et al. 2011; Tay et al. 2021 (Long Range Arena)",
         baseline=baseline, published=PUBLISHED if lra and (opt["level"], opt["l_max"]) == ("char", 4096) else {})
 
-# %% ../../nbs/5_data/43_text.ipynb #cc28071e
+# %% ../../nbs/5_data/43_text.ipynb #c5f8f46e
 class Text(DataModule):
     """The class of a text: good or bad film reviews as 4,096 characters ("lra-imdb", "reviews"), or texts of yours.
 
@@ -309,8 +309,8 @@ class Text(DataModule):
         """Find the texts or download them; split, count and encode once; cached. -> self"""
         source = find_texts(self.name, self.folder, self.elsewhere)
         if source is None and self.name != "lra-imdb": raise ValueError(f"the data of {self.name} are {self.state()}")
-        base = cache_base(self.folder.parent if self.folder.is_file() else self.folder)
-        source = source or fetch(SOURCES["imdb"], base)
+        base = self.folder.parent if self.folder.is_file() else self.folder
+        source = source or fetch(SOURCES["imdb"], cache_base(base))
         files, within = (tree_files(source), source) if source.is_dir() else ([source], source.parent)
         settings = {"what": "Text 1", "name": self.name, **self.options, "val": self.val_rule, "seed": self.seed,
                     "files": fingerprint(files, within)}
