@@ -394,6 +394,21 @@ def test_wrong_folders(tmp_path, fault, says, archived):
     assert str(folder) in str(e.value) and prepared(task) == []
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_damaged_images_are_read_or_refused_with_their_name(kind):
+    data, rng, refused = compress(pictures(1)[0], kind), random.Random(0), 0
+    for _ in range(300):
+        broken = bytearray(data)
+        for _ in range(3): broken[min(int(rng.expovariate(0.02)), len(broken) - 1)] = rng.randrange(256)
+        if rng.random() < 0.3: del broken[rng.randrange(len(data)):]
+        try:
+            assert decode_image(bytes(broken), "cat/7", size=(8, 8)).shape == (8, 8, 3)
+        except ValueError as e:
+            assert str(e).startswith("cat/7 ")
+            refused += 1
+    assert refused > 100
+
+
 def test_images_of_several_sizes_are_resized_when_asked(tmp_path):
     folder = unpack(own(tmp_path / "mine"), {"train/a/9.png": compress(pictures(1, (12, 9, 3))[0])})
     task = Images("images", folder, size=[4, 6]).prepare()
