@@ -39,7 +39,7 @@ def missing_bytes(data):
         at += 8 + size + size % 2
     return 0
 
-# %% ../../nbs/5_data/49_audio.ipynb #3c05e74b
+# %% ../../nbs/5_data/49_audio.ipynb #eaf387be
 def decode_wav(data, name, rate, length=None):
     """The samples of a mono wav file given as bytes: int16 (l), l at most `length`. `name` stands for it in errors.
 
@@ -61,7 +61,8 @@ def decode_wav(data, name, rate, length=None):
     if channels != 1: refuse(f"{channels} channels, expected one; convert it: sox IN.wav -c 1 OUT.wav")
     if got != rate: refuse(f"{got:,} samples a second, expected {rate:,}; convert it: sox IN.wav -r {rate} OUT.wav")
     if not len(x): refuse("holds no samples; restore or delete it")
-    if length is not None and len(x) > length: refuse(f"{len(x):,} samples, at most {length:,} expected; cut it")
+    if length is not None and len(x) > length:
+        refuse(f"{len(x):,} samples, at most {length:,} expected; cut it, or allow a longer length")
     return torch.from_numpy(x if not real else (x * 32768).round().clip(-32768, 32767).astype("int16"))
 
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LISTS', 'BLOCK', 'HOW', 'SC10', 'SC35', 'ARCHIVE', 'CLIPS', 'OFFICIAL', 'SIZE', 'PUBLISHED', 'clip_name', 'entries',
            'hash_percent', 'hash_split', 'stratified_split', 'list_split', 'blocks', 'scan', 'pack_clips',
-           'write_features', 'folders_of_wavs', 'named_split', 'divide', 'speech_card', 'WavFolder', 'SpeechCommands']
+           'write_features', 'folders_of_wavs', 'named_split', 'way', 'divide', 'speech_card', 'WavFolder',
+           'SpeechCommands']
 
-# %% ../../nbs/5_data/50_speech.ipynb #465ec735
+# %% ../../nbs/5_data/50_speech.ipynb #81a7d3bc
 import hashlib
 import re
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 
 from .audio import (Moments, decode_wav, drop_samples, mfcc, normalise, optional, resample, waveform,
                              waveform_steps)
-from .base import (SPLITS, ArrayDataset, Batch, DataModule, Progress, TaskCard, cache_base, cached_folder,
+from .base import (SPLITS, ArrayDataset, DataModule, Progress, TaskCard, cache_base, cached_folder,
                             data_root, dataset_dir, fingerprint, map_rows, new_rows, pad_batch)
 from .download import SOURCES, archive_files, fetch
 
@@ -92,7 +93,7 @@ def list_split(names, lists, where, partial=False):
     of = {clip: split for split, clips in listed.items() for clip in clips}
     return [of.get(name, "train") for name in names]
 
-# %% ../../nbs/5_data/50_speech.ipynb #1ec5a05e
+# %% ../../nbs/5_data/50_speech.ipynb #d7418b21
 BLOCK = 64                                              # clips in memory at a time
 
 
@@ -113,7 +114,7 @@ def scan(place, classes):
     rank = {word: i for i, word in enumerate(classes)}
     return sorted(found, key=lambda name: (rank[name.split("/")[0]], name)), lists
 
-
+# %% ../../nbs/5_data/50_speech.ipynb #64f3c232
 def pack_clips(folder, place, classes, rate, length, longest, check=None):
     """Decode all clips into a new cache folder: rows.npy (n length) int16, and clips.pt: labels, lengths, names, lists.
 
@@ -150,7 +151,7 @@ def write_features(folder, rows, index, features, scale, rate, percent):
             bar(int(i[-1]) + 1)
     return path
 
-# %% ../../nbs/5_data/50_speech.ipynb #7e652c6a
+# %% ../../nbs/5_data/50_speech.ipynb #5a83666b
 def folders_of_wavs(place):
     """The names, sorted, of the folders in `place` that hold wav files; none that begins with "_" or "."."""
     if not place.is_dir(): raise ValueError(f"{place} is not a folder: name one that holds word/….wav, or give classes")
@@ -165,6 +166,11 @@ def named_split(names, lists, how, place, partial):
     missing = [f for f in LISTS.values() if f not in lists]
     if missing: raise ValueError(f"{place} lacks {' and '.join(missing)}: restore it, or choose split='hash'")
     return list_split(names, {s: lists[f] for s, f in LISTS.items()}, place, partial)
+
+
+def way(split, lists):
+    """How clips are divided for the option `split`, with these lists beside them."""
+    return split or ("lists" if lists else "hash")
 
 
 def divide(clips, how, only, place, partial):
@@ -200,7 +206,7 @@ def speech_card(task):
         metric=f"accuracy, {len(task.classes)} classes", licence="that of the recordings", source="files of your own",
         baseline={f"majority class, {s}": f"{100 * task.majority(s)[1]:.1f} %" for s in SPLITS} if ready else {})
 
-# %% ../../nbs/5_data/50_speech.ipynb #8ed474e1
+# %% ../../nbs/5_data/50_speech.ipynb #a9ac1696
 class WavFolder(DataModule):
     """The class of a clip, from folders named for their class: `data_dir/word/file.wav`, mono, `rate` samples a second.
 
@@ -237,13 +243,9 @@ class WavFolder(DataModule):
         there = Path(self.data_dir).exists()
         return f"read from {self.data_dir}" if there else f"missing: put word/….wav into {self.data_dir}"
 
-    def how(self, lists):
-        """The way that clips with these lists beside them are divided."""
-        return self.split or ("lists" if lists else "hash")
-
     def check(self, names, lists):
         """May refuse the clips that were found, before any is decoded."""
-        if self.how(lists) == "lists": named_split(names, lists, "lists", self.place(), self.partial)
+        if way(self.split, lists) == "lists": named_split(names, lists, "lists", self.place(), self.partial)
 
     def check_sizes(self, sizes):
         """May refuse the sizes {split: n} of the splits."""
@@ -253,23 +255,23 @@ class WavFolder(DataModule):
         if self.facts is not None: return self
         place = self.place()
         folder = place if place.is_dir() else place.parent
-        files = [folder / name for name, _ in entries(place, self.classes)] if place.is_dir() else [place]
+        files = [place] if folder != place else [place / name for name, _ in entries(place, self.classes)]
         settings = {"what": "clips 1", "source": fingerprint(files, folder), "classes": self.classes, "rate": self.rate,
                     "length": self.length, "longest": self.longest}
         make = lambda new: pack_clips(new, place, self.classes, self.rate, self.length, self.longest, self.check)
         self.clips, _ = cached_folder(cache_base(folder), "clips", settings, make)
-        options = ("features", "normalize", "dropped", "split", "exact", "partial")
-        settings = {"what": "features 1", "clips": self.clips.name, **{k: getattr(self, k) for k in options}}
+        settings = {k: getattr(self, k) for k in ("features", "normalize", "dropped", "split", "exact", "partial")}
+        settings |= {"what": "features 1", "clips": self.clips.name}
         self.made, manifest = cached_folder(cache_base(folder), "features", settings, self.derive)
         self.facts = manifest["facts"]
         return self
 
     def derive(self, folder):
         """Splits, features if they are not the samples themselves, and statistics, into a new cache folder. -> facts"""
-        clips, raw = torch.load(self.clips / "clips.pt", weights_only=True), self.features == "raw"
-        how = self.how(clips["lists"])
-        index = divide(clips, how, self.longest if self.exact else None, self.place(), self.partial)
-        sizes, rows = {s: len(i) for s, i in index.items()}, self.clips / "rows.npy"
+        clips, rows = torch.load(self.clips / "clips.pt", weights_only=True), self.clips / "rows.npy"
+        how, only, raw = way(self.split, clips["lists"]), self.longest if self.exact else None, self.features == "raw"
+        index = divide(clips, how, only, self.place(), self.partial)
+        sizes = {s: len(i) for s, i in index.items()}
         self.check_sizes(sizes)
         if self.dropped or not raw:
             every = torch.cat(list(index.values())).sort().values
@@ -284,9 +286,9 @@ class WavFolder(DataModule):
         """A split: items (x (l d) float32, class); clip_lengths (n): before padding; names (n): "word/file.wav"."""
         self.prepare()
         stored, clips = (torch.load(f, weights_only=True) for f in (self.made / "splits.pt", self.clips / "clips.pt"))
-        index, mean, std, own = stored[split], stored["mean"], stored["std"], self.made / "rows.npy"
-        steps = (partial(normalise, mean=mean, std=std) if self.features == "mfcc" else
-                 partial(waveform_steps, scale=self.scale, mean=mean, std=std, dropped=bool(self.dropped)))
+        index, norm, own = stored[split], {k: stored[k] for k in ("mean", "std")}, self.made / "rows.npy"
+        steps = (partial(normalise, **norm) if self.features == "mfcc" else
+                 partial(waveform_steps, **norm, scale=self.scale, dropped=bool(self.dropped)))
         data = ArrayDataset(map_rows(own if own.exists() else self.clips / "rows.npy"), clips["labels"], index, steps)
         data.clip_lengths, data.names = clips["lengths"][index], [clips["names"][i] for i in index]
         return data
@@ -297,14 +299,14 @@ class WavFolder(DataModule):
         if self.features == "mfcc" or self.dropped:
             raise ValueError(f"rate={rate}: MFCC and clips with dropped samples allow whole numbers ≥ 1 alone")
         batch = pad_batch(items)
-        return Batch(resample(batch.x, rate), batch.y, None, float(rate))
+        return batch._replace(x=resample(batch.x, rate), rate=float(rate))
 
     @property
     def card(self):
         """The task card; counted figures once the clips are prepared."""
         return speech_card(self)
 
-# %% ../../nbs/5_data/50_speech.ipynb #779a3865
+# %% ../../nbs/5_data/50_speech.ipynb #8e0ddde7
 SC10 = "yes no up down left right on off stop go".split()
 SC35 = ("bed cat down five forward go house left marvin no on right sheila tree up visual yes backward bird dog eight "
         "follow four happy learn nine off one seven six stop three two wow zero").split()
@@ -367,10 +369,10 @@ class SpeechCommands(WavFolder):
     def card(self):
         """The task card; counted figures once the clips are prepared."""
         ready, card, known = self.facts is not None, super().card, OFFICIAL[self.name]
-        whole, how = not ready or self.facts["sizes"] == known, HOW[self.facts["split"] if ready else self.how("lists")]
+        whole, how = not ready or self.facts["sizes"] == known, self.facts["split"] if ready else way(self.split, "lists")
         part, kept = "" if whole else "PART of ", ", clips of exactly 16,000 samples" * self.exact
         official = whole and (self.name, self.features, self.dropped) == ("sc35", "raw", 0)
         return replace(
-            card, variant=f"{part}Speech Commands v0.02{kept}, {how}", splits=card.splits or known,
+            card, variant=f"{part}Speech Commands v0.02{kept}, {HOW[how]}", splits=card.splits or known,
             licence=ARCHIVE.licence, source="Warden 2018, arXiv:1804.03209", published=PUBLISHED if official else {},
             size=f"download {ARCHIVE.size}; prepared {SIZE[self.name]}")
