@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'OPENERS', 'HARD', 'LRA', 'MNIST', 'FASHION', 'SOURCES', 'announce', 'Interrupted', 'writing', 'piece',
-           'kept', 'ask', 'receive', 'file_digest', 'difference', 'transfer', 'download', 'readable', 'Member',
-           'chosen', 'tar_files', 'zip_files', 'reader', 'archive_files', 'move_in', 'unpack', 'extract', 'find_lra',
+           'kept', 'ask', 'receive', 'difference', 'transfer', 'download', 'readable', 'Member', 'chosen', 'Header',
+           'tar_files', 'zip_files', 'reader', 'archive_files', 'move_in', 'unpack', 'extract', 'find_lra',
            'extract_lra', 'Source', 'fetch', 'idx_sources']
 
-# %% ../../nbs/5_data/41_download.ipynb #73cceb78
+# %% ../../nbs/5_data/41_download.ipynb #d5fc3716
 import bz2
 import errno
 import gzip
-import hashlib
 import json
 import lzma
 import os
@@ -28,22 +27,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from .base import SPLITS, Progress, locked, write_atomically
+from .base import SPLITS, Progress, file_sha256, locked, write_atomically
 
-# %% ../../nbs/5_data/41_download.ipynb #dc1945d0
+# %% ../../nbs/5_data/41_download.ipynb #334f8abb
 def announce(what, need, folder):
     """Say how many bytes are about to be written below `folder`, and what is free there; too little → OSError."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     print(f"{what}: {f'{need:,}' if need else 'unknown'} bytes into {folder}, where {free:,} are free", file=sys.stderr)
     if need is not None and need > free:
         raise OSError(errno.ENOSPC, f"{what} needs {need:,} bytes, {folder} has {free:,} free: make room there, or "
                                     "choose another folder (DATA_PATH, data_dir), and run again")
 
-# %% ../../nbs/5_data/41_download.ipynb #ad1d4e10
+# %% ../../nbs/5_data/41_download.ipynb #1894a937
 class Interrupted(Exception):
     """A transfer broke off in a way that another attempt may mend."""
 
@@ -80,21 +77,22 @@ def ask(url, part):
     have, tag = kept(part, url)
     headers = {"User-Agent": "s4nb", "Accept-Encoding": "identity"}
     if have: headers |= {"Range": f"bytes={have}-", "If-Range": tag}
-    refused = lambda why: f"{url} cannot be had ({why}). If you have this file, put it at {str(part)[:-5]} and run again"
     try:
         response = urlopen(Request(url, headers=headers), timeout=30)
-    except HTTPError as e:
-        if e.code == 416:                                       # nothing after our last byte, or another file
+    except (OSError, HTTPException) as e:
+        code, why = getattr(e, "code", 0), getattr(e, "reason", e)
+        if code == 416:                                         # nothing after our last byte, or another file
             if (e.headers.get("Content-Range") or "").endswith(f"*/{have}"): return None, have
             Path(f"{part}.json").unlink(missing_ok=True)
-        if e.code >= 500 or e.code in (408, 416, 429): raise Interrupted(f"status {e.code} {e.reason}") from e
-        raise OSError(errno.ENOENT, refused(f"status {e.code} {e.reason}")) from e
-    except (OSError, HTTPException) as e:
-        why = e.reason if isinstance(e, URLError) else e
-        if url.startswith("file:"): raise OSError(errno.ENOENT, refused(why)) from e
-        raise Interrupted(why) from e
-    begin = f"bytes {have}-"
-    return response, have if (response.headers.get("Content-Range") or "").startswith(begin) else 0
+        if code: why = f"status {code} {why}"
+        if code >= 500 or code in (408, 416, 429) or not code and url[:5] != "file:": raise Interrupted(why) from e
+        raise OSError(errno.ENOENT, f"{url} cannot be had ({why}). If you have this file, put it at {str(part)[:-5]} "
+                                    "and run again") from e
+    if response.status != 206: return response, 0
+    if not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+        Path(f"{part}.json").unlink(missing_ok=True)
+        raise Interrupted(f"not the rest from byte {have:,} came")
+    return response, have
 
 
 def receive(url, part, size=None):
@@ -103,7 +101,8 @@ def receive(url, part, size=None):
     if response is None: return
     with response:
         length, etag = response.headers.get("Content-Length"), response.headers.get("ETag") or ""
-        total = None if length is None else have + int(length)
+        whole = (response.headers.get("Content-Range") or "").rpartition("/")[2]      # a rest may come in portions
+        total = int(whole) if have and whole.isdigit() else None if length is None else have + int(length)
         tag = etag if etag.startswith('"') else response.headers.get("Last-Modified")
         if None not in (total, size) and total != size:
             raise ValueError(f"{url} offers {total:,} bytes, {size:,} are expected: the file was replaced. Fetch it by "
@@ -119,24 +118,15 @@ def receive(url, part, size=None):
                     if total: bar(have)
     if total is not None and have < total: raise Interrupted(f"the connection closed at byte {have:,} of {total:,}")
 
-# %% ../../nbs/5_data/41_download.ipynb #adba92e4
-def file_digest(path, kind):
-    """A file's digest in hex; kind "sha256", or "md5" (no protection but against accidents)."""
-    digest = hashlib.new(kind, usedforsecurity=False)
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20): digest.update(chunk)
-    return digest.hexdigest()
-
-
-def difference(path, record, size=None, sha256=None, md5=None):
+# %% ../../nbs/5_data/41_download.ipynb #f9825134
+def difference(path, record, size=None, sha256=None):
     """What of a file differs from what is expected, as a text; "": nothing. record: its NAME.sha256, if any."""
     got = path.stat().st_size
     if size is not None and got != size: return f"expected {size:,} bytes, got {got:,}"
-    if sha256 is None and record.exists(): sha256 = record.read_text()[:64]
-    for kind, expected in (("sha256", sha256), ("md5", md5)):
-        if expected and (found := file_digest(path, kind)) != expected.lower():
-            return f"expected {kind} {expected}, got {found}"
-    return ""
+    expected = sha256 or (record.read_text()[:64] if record.exists() else None)
+    if not expected or (found := file_sha256(path)) == expected.lower(): return ""
+    hint = "" if sha256 else f" ({record} keeps that of the first download: delete it too if you trust the new file)"
+    return f"expected sha256 {expected}, got {found}{hint}"
 
 # %% ../../nbs/5_data/41_download.ipynb #dc873171
 def transfer(url, part, size, pauses):
@@ -154,37 +144,38 @@ def transfer(url, part, size, pauses):
                 raise ConnectionError(f"{url} {what}. Or put the file at {str(part)[:-5]} yourself") from e
             time.sleep(left.pop(0))
 
-# %% ../../nbs/5_data/41_download.ipynb #76713473
-def download(url, path, sha256=None, md5=None, size=None, pauses=(1, 2, 4)):
+# %% ../../nbs/5_data/41_download.ipynb #35b08a63
+def download(url, path, sha256=None, size=None, pauses=(1, 2, 4)):
     """The file `path`, fetched from `url` (http, https, file) unless it is there; complete and checked. -> Path
 
-    Resumes PATH.part. Content other than expected (bytes, checksums; without any, the SHA-256 recorded the first time)
-    → ValueError; no connection, a refusal, a full disk → OSError. All name what to do. Safe in several processes.
+    Resumes PATH.part. Content other than expected (bytes, SHA-256; without one, that recorded the first time) →
+    ValueError; no connection, a refusal, a full disk → OSError. All name what to do. Safe in several processes.
     """
     path = Path(path)
     part, record = Path(f"{path}.part"), Path(f"{path}.sha256")
     if not url.startswith(("http://", "https://", "file://")):
         raise ValueError(f"download takes http://, https:// and file:// addresses, got {url!r}")
-    if path.exists() and (wrong := difference(path, record, size, sha256, md5)):
+    if path.exists() and (wrong := difference(path, record, size, sha256)):
         raise ValueError(f"{path} is not {url}: {wrong}. Delete it and run again, it is then downloaded")
     if path.exists(): return path
     with locked(path.with_name(f".{path.name}.lock")):
         if path.exists(): return path                           # another process has just completed it
         transfer(url, part, size, pauses)
         Path(f"{part}.json").unlink(missing_ok=True)
-        if wrong := difference(part, record, size, sha256, md5):
+        if wrong := difference(part, record, size, sha256):
             part.unlink()
             raise ValueError(f"{url}: {wrong}. What arrived was deleted. Run again; if it happens again, the file was "
                              "replaced or tampered with, and its checksum must be verified by hand")
         os.replace(part, path)
-        if not (sha256 or md5 or record.exists()):
-            write_atomically(record, lambda tmp: tmp.write_text(f"{file_digest(path, 'sha256')}  {path.name}\n"))
+        if not (sha256 or record.exists()):
+            write_atomically(record, lambda tmp: tmp.write_text(f"{file_sha256(path)}  {path.name}\n"))
             print(f"no checksum of {path.name} is known; its SHA-256, kept beside it and compared from now on, is "
                   f"{record.read_text()[:64]}", file=sys.stderr)
     return path
 
-# %% ../../nbs/5_data/41_download.ipynb #1f4c2867
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+# %% ../../nbs/5_data/41_download.ipynb #19ebdcc0
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,
+          RuntimeError, UnicodeDecodeError)                     # zipfile's, of flags and names
 OPENERS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open))
 
 
@@ -208,8 +199,8 @@ class Member:
         with readable(self.archive): return self.stream.read(n)
 
 
-def chosen(name, regular, archive, members, strip):
-    """The path, relative and safe, under which a member is wanted, or None. members, strip: see `archive_files`."""
+def chosen(name, regular, archive, members):
+    """The path, relative and safe, under which a member is wanted, or None. members: see `archive_files`."""
     want = members(str(PurePosixPath(name))) if members else True
     if not want: return None
     for path in map(PurePosixPath, (name, name if want is True else want)):
@@ -217,26 +208,35 @@ def chosen(name, regular, archive, members, strip):
             what = "would be written outside the folder" if regular else "is a link or a device"
             raise ValueError(f"{archive}: its member {name!r} {what}. Nothing was extracted; get the archive from its "
                              "official source")
-    parts = path.parts[strip:] if want is True else path.parts
-    return PurePosixPath(*parts) if parts else None
+    return path if path.parts else None
 
 
-def tar_files(archive, stream, members, strip):
+class Header(tarfile.TarInfo):
+    """The header of a tar's member. To `tarfile` a damaged or missing one ends the archive; here it is damage."""
+
+    @classmethod
+    def frombuf(cls, *args):
+        try: return super().frombuf(*args)
+        except tarfile.EOFHeaderError: raise                    # the end, marked as it should be
+        except tarfile.HeaderError as e: raise tarfile.ReadError(f"{e}: its end is missing, or it changed") from e
+
+
+def tar_files(archive, stream, members):
     """`archive_files` of an uncompressed tar stream."""
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18) as tar:
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18, tarinfo=Header) as tar:
         while (info := tar.next()) is not None:
-            path = None if info.isdir() else chosen(info.name, info.isreg(), archive, members, strip)
+            path = None if info.isdir() else chosen(info.name, info.isreg(), archive, members)
             if path: yield path, tar.extractfile(info)
             tar.members = []                                    # or a million files would be remembered
     while stream.read(1 << 20): pass                            # the checksum of a compression comes last
 
 
-def zip_files(archive, stream, members, strip):
+def zip_files(archive, stream, members):
     """`archive_files` of a zip."""
     with zipfile.ZipFile(stream) as z:
         for info in z.infolist():
             regular = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
-            path = None if info.is_dir() else chosen(info.filename, regular, archive, members, strip)
+            path = None if info.is_dir() else chosen(info.filename, regular, archive, members)
             if path: yield path, z.open(info)
 
 
@@ -247,16 +247,16 @@ def reader(raw, undo):
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        if undo: return lambda archive, stream, *how: [(chosen(archive.stem, True, archive, *how), stream)]
+        if undo: return lambda archive, stream, members: [(chosen(archive.stem, True, archive, members), stream)]
         raise tarfile.ReadError("neither a tar nor a zip nor a compressed file") from None
-    if undo or raw.seek(-512, os.SEEK_END) and not raw.read().strip(b"\0"): return tar_files
-    raise tarfile.ReadError("its end is missing")               # cut between two members, a tar seems to end there
+    return tar_files
 
-def archive_files(archive, members=None, strip=0):
+
+def archive_files(archive, members=None):
     """The files of a tar (plain, .gz, .bz2, .xz), a zip or a single compressed file, in order: yields (path, Member).
 
-    members(name): False leaves a member out, True takes it, a string takes it under that path. strip: leading folders
-    dropped from paths. Links, devices and paths that lead out, if taken, and damage → ValueError naming the archive.
+    members(name): False leaves a member out, True takes it, a string takes it under that path. Links, devices and paths
+    that lead out, if taken, and damage → ValueError naming the archive.
     """
     archive = Path(archive)
     with open(archive, "rb") as raw, readable(archive), Progress(archive.stat().st_size, archive.name) as bar:
@@ -265,38 +265,39 @@ def archive_files(archive, members=None, strip=0):
         raw.seek(0)
         files = reader(raw, undo)
         raw.seek(0)
-        for path, content in files(archive, undo(raw) if undo else raw, members, strip):
+        for path, content in files(archive, undo(raw) if undo else raw, members):
             if path: yield path, Member(content, archive)
             bar(raw.tell())
 
-# %% ../../nbs/5_data/41_download.ipynb #201785f3
+# %% ../../nbs/5_data/41_download.ipynb #4734cdc3
 def move_in(source, target):
-    """Move `source` to `target` by renames; folders that both have are merged, files are replaced whole."""
-    if not (source.is_dir() and target.is_dir()): return os.replace(source, target)
-    for entry in sorted(source.iterdir()): move_in(entry, target / entry.name)
+    """Move `source` to `target`; folders that both have are merged, files are replaced whole."""
+    if source.is_dir() and target.is_dir():
+        for entry in sorted(source.iterdir()): move_in(entry, target / entry.name)
+    else: write_atomically(target, lambda tmp: shutil.move(source, tmp))        # a link may lead to another disk
 
 
-def unpack(archive, folder, members, strip):
+def unpack(archive, folder, members):
     """Write the chosen files of an archive into a new folder."""
     folder.mkdir()
-    for path, content in archive_files(archive, members, strip):
+    for path, content in archive_files(archive, members):
         with writing(folder / path, "; nothing half-written was kept"):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             with open(folder / path, "wb") as f: shutil.copyfileobj(content, f, 1 << 20)
     if not any(folder.iterdir()): raise ValueError(f"{archive} holds none of the files that were asked for")
 
 
-def extract(archive, folder, members=None, strip=0):
-    """Unpack an archive into `folder` (added to what is there), all or nothing; the rest: `archive_files`. -> folder"""
+def extract(archive, folder, members=None):
+    """Unpack an archive, and when all of it is there move it into `folder`; the rest: `archive_files`. -> folder"""
     archive, folder = Path(archive), Path(folder).absolute()
     place = folder if folder.exists() else folder.parent            # the same disk, wherever it is mounted
-    announce(f"unpacking {archive.name}, at least its size", None if members else archive.stat().st_size, place)
     with locked(place / f".{folder.name}.lock"):
+        announce(f"unpacking {archive.name}, at least its size", None if members else archive.stat().st_size, place)
         for left in place.glob(f".{folder.name}.*.tmp"): shutil.rmtree(left)
         tmp = place / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            unpack(archive, tmp, members, strip)
-            with writing(folder): move_in(tmp, folder)
+            unpack(archive, tmp, members)
+            move_in(tmp, folder)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
     return folder
@@ -340,7 +341,7 @@ def extract_lra(archive, root, parts):
     if None in found.values(): raise ValueError(f"{archive} has not all of {', '.join(parts)}: is it the LRA release?")
     return found
 
-# %% ../../nbs/5_data/41_download.ipynb #6ab04742
+# %% ../../nbs/5_data/41_download.ipynb #340842a1
 @dataclass(frozen=True)
 class Source:
     """A file on the network: its licence, what it must be (bytes and SHA-256, None where unknown), what it is."""
@@ -385,9 +386,9 @@ FASHION = idx_sources("http://fashion-mnist.s3-website.eu-central-1.amazonaws.co
 SOURCES = {
     "lra": Source("https://storage.googleapis.com/long-range-arena/lra_release.gz", "Apache-2.0 (its code)", None, None,
                   "Long Range Arena: ListOps, AAN, Pathfinder; about 8 GB, 18.6 GB unpacked"),
-    "imdb": Source("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "none stated", 84_125_825,
+    "imdb": Source("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "for research", 84_125_825,
                    "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe", "50,000 film reviews"),
-    "cifar10": Source("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "none stated", 170_498_071,
+    "cifar10": Source("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "for research", 170_498_071,
                       "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce", "60,000 colour images"),
     "speech-commands": Source("http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz", "CC BY 4.0",
                               2_428_923_189, "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
@@ -395,5 +396,5 @@ SOURCES = {
     "fsdd": Source("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz",
                    "CC BY-SA 4.0", None, None, "3,000 spoken digits"),
     "character-trajectories": Source("https://www.timeseriesclassification.com/aeon-toolkit/CharacterTrajectories.zip",
-                                     "none stated", None, None, "2,858 pen strokes"),
+                                     "Williams, UCI repository", None, None, "2,858 pen strokes"),
     **{f"mnist/{name}": s for name, s in MNIST.items()}, **{f"fashion-mnist/{name}": s for name, s in FASHION.items()}}
