@@ -43,17 +43,17 @@ def recordings(place):
         wanted = lambda name: PurePosixPath(name).match("recordings/[!.]*.wav")
         yield from ((path.name, member.read()) for path, member in archive_files(place, wanted))
 
-# %% ../../nbs/5_data/51_spoken.ipynb #3ff49ec1
+# %% ../../nbs/5_data/51_spoken.ipynb #bc286a77
 FEATURES = {"raw": (1, torch.int16), "mfcc": (20, torch.float32)}       # features of a step, and how they are kept
 
 
 def pack(place, folder, features):
-    """Write all recordings of `place` into folder/steps.bin, and clips.json: (speaker, number, digit, begin, length)."""
+    """Write all recordings of `place` into steps.bin, and clips.json: (speaker, number, digit, begin, length)."""
     clips, end = [], 0
     with open(folder / "steps.bin", "wb") as out:
         for name, data in recordings(place):
             match, x = NAME.fullmatch(name), decode_wav(data, f"{place}, {name}", RATE)
-            if len(x) < SHORTEST: raise ValueError(f"{place}, {name}: {len(x)} samples are no digit; restore or remove it")
+            if len(x) < SHORTEST: raise ValueError(f"{place}, {name}: {len(x)} samples are no digit; restore it")
             if not match: raise ValueError(f"{place}, {name}: not named as 7_jackson_32.wav; rename or remove it")
             steps = x if features == "raw" else mfcc(x / 32768, RATE, n_mels=32)
             clips.append((match[2], int(match[3]), int(match[1]), end, len(steps)))
@@ -64,9 +64,9 @@ def pack(place, folder, features):
     (folder / "clips.json").write_text(json.dumps(sorted(clips)))
     return {"recordings": len(clips), "speakers": sorted({clip[0] for clip in clips})}
 
-# %% ../../nbs/5_data/51_spoken.ipynb #b2d687f8
+# %% ../../nbs/5_data/51_spoken.ipynb #0af73294
 def split_of(speaker, n, val="numbers", held_out=None):
-    """The split of a speaker's recording number n, or None: unused. val: "numbers", or a speaker; held_out: a speaker."""
+    """The split of a speaker's recording number n, or None: unused. val: "numbers" or a speaker; held_out: speaker."""
     if speaker == held_out: return "test"
     if n < 5: return None if held_out else "test"
     return "val" if (n < 10 if val == "numbers" else speaker == val) else "train"
@@ -77,26 +77,26 @@ PLACES = ("recordings", "free-spoken-digit-dataset*/recordings", "fsdd.tar.xz", 
 
 
 def find_recordings(data_dir=None):
-    """The folder of recordings, or an archive: in data_dir if given, else in DATA_PATH/fsdd or DATA_PATH. None: nowhere."""
+    """The folder of recordings, or an archive: in data_dir if given, else in DATA_PATH/fsdd or DATA_PATH; or None."""
     for base in [Path(data_dir).absolute()] if data_dir else [data_root() / "fsdd", data_root()]:
         found = [p for pattern in PLACES for p in sorted(base.glob(pattern)) if p.is_file() or any(p.glob("*.wav"))]
         if found: return found[0]
         if any(base.glob("[0-9]_*_*.wav")): return base
     return None
 
-# %% ../../nbs/5_data/51_spoken.ipynb #4aec9dd5
+# %% ../../nbs/5_data/51_spoken.ipynb #728e0cfa
 class SpokenDigits(DataModule):
     """The digit 0…9 that is said: the Free Spoken Digit Dataset, real recordings at 8 kHz, of different lengths.
 
-    features: "raw" (l 1) samples, or "mfcc" (l 20) frames of 12.5 ms. length: where clips are cut, in steps (default: after
-    a second). val: "numbers" (5–9), or a speaker. held_out: a speaker who is the test set and is heard nowhere else.
+    features: "raw" (l 1) samples, or "mfcc" (l 20) frames of 12.5 ms. length: where clips are cut, in steps (default: a
+    second). val: "numbers" (5–9), or a speaker. held_out: a speaker who is the test set and is heard nowhere else.
     """
     d_output, made = 10, None
 
     def __init__(self, name="spoken-digits", features="raw", length=None, val="numbers", held_out=None, data_dir=None):
-        if features not in FEATURES: raise ValueError(f"features {features!r} are unknown: one of {', '.join(FEATURES)}")
+        if features not in FEATURES: raise ValueError(f"features {features!r} unknown: one of {', '.join(FEATURES)}")
         if length is not None and length < 1: raise ValueError(f"length is in steps and at least 1; got {length}")
-        if val == held_out: raise ValueError(f"{val!r} is held out for the test: choose another speaker, or val='numbers'")
+        if val == held_out: raise ValueError(f"{val!r} is held out: choose another speaker, or val='numbers'")
         self.name, self.features, self.val_by, self.held_out, self.data_dir = name, features, val, held_out, data_dir
         self.d_input, self.dtype = FEATURES[features]
         self.l_max = length or (RATE if features == "raw" else 1 + RATE // 100)
@@ -118,7 +118,7 @@ class SpokenDigits(DataModule):
         for speaker in {self.val_by, self.held_out} - {"numbers", None, *speakers}:
             raise ValueError(f"speaker {speaker!r} is unknown: one of {', '.join(speakers)}")
         self.clips = {s: [c for c in clips if split_of(*c[:2], self.val_by, self.held_out) == s] for s in SPLITS}
-        if not all(self.clips.values()): raise ValueError(f"{place}: a split is empty; {len(clips)} recordings are too few")
+        if not all(self.clips.values()): raise ValueError(f"{place}: a split is empty, {len(clips)} clips are too few")
         size = sum(clip[4] for clip in clips) * self.d_input
         self.steps = torch.from_file(str(cache / "steps.bin"), False, size, dtype=self.dtype).view(-1, self.d_input)
         moments = Moments((0, 1))
@@ -145,7 +145,7 @@ class SpokenDigits(DataModule):
         """The task card; counts as found, once the recordings are prepared."""
         ready, raw, by = self.made is not None, self.features == "raw", self.val_by
         test = f"all of {self.held_out}, heard nowhere else" if self.held_out else "numbers 0–4 (official)"
-        val = f"numbers 5–9{' of the others' if self.held_out else ''}" if by == "numbers" else f"all of {by} from number 5"
+        val = f"numbers 5–9{' of the others' if self.held_out else ''}" if by == "numbers" else f"{by} from number 5"
         longer = [clip[4] > self.l_max for s in SPLITS for clip in self.clips[s]] if ready else []
         return TaskCard(
             name=self.name, what="the digit that is said in a recording", metric="accuracy, 10 classes",
@@ -154,12 +154,12 @@ class SpokenDigits(DataModule):
             splits={s: len(self.dataset(s)) for s in SPLITS} if ready else {},
             length=f"{'samples at 8 kHz' if raw else 'frames of 12.5 ms'}; clips differ, cut at {self.l_max:,}" +
                    f" ({sum(longer)} of {len(longer):,} are longer)" * ready,
-            vocabulary="one sample" if raw else "20 MFCC of 32 mel bands", licence="CC BY-SA 4.0 (Zohar Jackson and others)",
+            vocabulary="one sample" if raw else "20 MFCC of 32 mel bands", licence="CC BY-SA 4.0, Zohar Jackson et al.",
             source="github.com/Jakobovski/free-spoken-digit-dataset", size="archive 13 MB; prepared 21 MB, MFCC 8 MB",
             baseline={f"majority class, {s}": f"{100 * self.majority(s)[1]:.1f} %" for s in SPLITS} if ready else {})
 
-# %% ../../nbs/5_data/51_spoken.ipynb #3a55370c
-NOVELTY = re.compile("announcer|anikaRobot|AnxiousAndy|croak|Demonic|fast|RicishayMax.*|robosoft.*|Tweaky|UniRobot|whisper.*")
+# %% ../../nbs/5_data/51_spoken.ipynb #4b9f2e4d
+NOVELTY = re.compile("announcer|.*[Rr]obot|AnxiousAndy|croak|Demonic|fast|Ricishay.*|robosoft.*|Tweaky|whisper.*")
 SECOND = 16_000                                                         # samples of a clip, as in Speech Commands
 Voice = namedtuple("Voice", "engine name speaker")                      # strings; the speaker is whose voice it is
 PACKAGES = "apt install espeak-ng flite (and for one voice more: festival festvox-us-slt-hts)"
@@ -185,14 +185,14 @@ def voices_of(engine):
     if engine == "flite":                                               # kal is kal16, and awb_time tells the time only
         names = getoutput("flite -lv").partition(":")[2].split()
         return [Voice(engine, v, v) for v in names if v not in ("kal", "awb_time")]
-    return [Voice(engine, v, "slt") for v in re.findall(r"cmu_us_slt\w*", getoutput("festival -b '(print (voice.list))'"))]
+    return [Voice(engine, v, "slt") for v in re.findall(r"\w*slt\w*", getoutput("festival -b '(print (voice.list))'"))]
 
-# %% ../../nbs/5_data/51_spoken.ipynb #10bc096a
+# %% ../../nbs/5_data/51_spoken.ipynb #e7560dc5
 def command(voice, word, pace=1.0, pitch=0.0):
     """The command by which a voice says a word, `pace` times as fast as usual and `pitch` semitones higher."""
     if voice.engine == "espeak-ng":
-        return ["espeak-ng", "-v", voice.name, "-s", f"{165 * pace:.0f}", "-p", f"{50 + 50 * pitch / 12:.0f}", "-a", "60",
-                "--stdout", word]
+        return ["espeak-ng", "-v", voice.name, "-s", f"{165 * pace:.0f}", "-p", f"{50 + 50 * pitch / 12:.0f}",
+                "-a", "60", "--stdout", word]
     if voice.engine == "flite":
         return ["flite", "-voice", voice.name, "--setf", f"duration_stretch={1 / pace:.3f}",
                 "--setf", f"f0_shift={2 ** (pitch / 12):.3f}", "-t", word, "-o", "/dev/stdout"]
@@ -269,9 +269,9 @@ def say(voice, word, rng):
         if len(x := speak(voice, word, pace * faster, pitch)) <= SECOND: return make_clip(x, rng)
     raise ValueError(f"{voice.engine}, voice {voice.name}: {word!r} takes more than a second at any pace; leave it out")
 
-# %% ../../nbs/5_data/51_spoken.ipynb #f36e194d
+# %% ../../nbs/5_data/51_spoken.ipynb #8decdbec
 def divide(voices, rng):
-    """{speaker: split}: one of ten speakers is for validation, one for the test. Fewer than three speakers → ValueError."""
+    """{speaker: split}: one of ten speakers is for validation, one for the test. Fewer than three → ValueError."""
     shuffled = rng.sample(voices, len(voices))
     speakers = list(dict.fromkeys(v.speaker for v in sorted(shuffled, key=lambda v: v.engine == "espeak-ng")))
     if len(speakers) < 3:
@@ -279,8 +279,8 @@ def divide(voices, rng):
     return {s: {1: "val", 2: "test"}.get(i % 10, "train") for i, s in enumerate(speakers)}
 
 
-def script(words, voices, n, seed):
-    """What is said: every voice says each word n times. -> [(file, word, Voice), …], {speaker: split}"""
+def script(words, voices, takes, seed):
+    """What is said: every voice says each word `takes` times. -> [(file, word, Voice), …], {speaker: split}"""
     rng, taken, lines = random.Random(f"script {seed}"), Counter(), []
     splits, spoken = divide(voices, rng), accents() if any(v.engine == "espeak-ng" for v in voices) else []
     rng.shuffle(spoken)
@@ -289,16 +289,16 @@ def script(words, voices, n, seed):
             voice = voice._replace(name=f"{spoken[i % len(spoken)]}+{voice.name.partition('+')[2]}")
         ids = (hashlib.sha1(f"{voice.speaker} {i}".encode()).hexdigest()[:8] for i in count())
         who = next(i for i in ids if hash_split(f"{i}_nohash_0.wav") == splits[voice.speaker])
-        for word in [word for word in words for _ in range(n)]:
+        for word in [word for word in words for _ in range(takes)]:
             lines.append((f"{word}/{who}_nohash_{taken[who, word]}.wav", word, voice))
             taken[who, word] += 1
     return lines, splits
 
-# %% ../../nbs/5_data/51_spoken.ipynb #c1f3cfe8
+# %% ../../nbs/5_data/51_spoken.ipynb #2526b089
 ABOUT = """# Synthesised speech in the format of Speech Commands
 
-This is NOT the Speech Commands dataset; no person speaks here. {clips:,} clips of {words} words in the voices of {speakers}
-speakers, by {engines}, with random pace, pitch, loudness, shift and noise.
+This is NOT the Speech Commands dataset; no person speaks here. {clips:,} clips of {words} words in the voices of
+{speakers} speakers, by {engines}, with random pace, pitch, loudness, shift and noise.
 Call whatever is measured with it "synthesised speech". No voice is in two splits: validation_list.txt and
 testing_list.txt hold {val} and {test} speakers, the others are for training. manifest.json names all voices.
 """
@@ -319,12 +319,12 @@ def write_clips(folder, lines, seed, workers):
 def synthesise(folder, settings, workers):
     """Fill a new folder: clips, lists, README.md, manifest.json."""
     folder.mkdir()
-    words, limit, n, seed = (settings[k] for k in ("words", "voices", "n", "seed"))
+    words, limit, takes, seed = (settings[k] for k in ("words", "voices", "takes", "seed"))
     found = engines()
     casts = [cast(engine, workers) for engine in found]
     voices = [voice for kept, _ in casts for voice in kept]
     if limit: voices = random.Random(f"voices {seed}").sample(voices, min(limit, len(voices)))
-    lines, splits = script(words, voices, n, seed)
+    lines, splits = script(words, voices, takes, seed)
     write_clips(folder, lines, seed, workers)
     for name, split in (("validation_list.txt", "val"), ("testing_list.txt", "test")):
         (folder / name).write_text("".join(sorted(f"{f}\n" for f, _, v in lines if splits[v.speaker] == split)))
@@ -332,21 +332,22 @@ def synthesise(folder, settings, workers):
     (folder / "README.md").write_text(ABOUT.format(
         clips=len(lines), words=len(words), speakers=len(splits), **Counter(splits.values()),
         engines=", ".join(f"{e} {v}" for e, v in found.items())))
-    facts = {"settings": settings, "engines": found, "voices": said, "left out": {k: v for _, d in casts for k, v in d.items()}}
+    facts = {"settings": settings, "engines": found, "voices": said, "left out": {k: v[k] for _, v in casts for k in v}}
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
 
-# %% ../../nbs/5_data/51_spoken.ipynb #d44a178d
-def make_speech_twin(folder, words=SC35, voices=None, n=2, seed=0, workers=None):
-    """Synthesise a folder of spoken words in the format of Speech Commands, unless it is there. -> its manifest (a dict)
+# %% ../../nbs/5_data/51_spoken.ipynb #c3676f42
+def make_speech_twin(folder, words=SC35, voices=None, takes=2, seed=0, workers=None):
+    """Synthesise spoken words in the format of Speech Commands into `folder`, unless they are there. -> its manifest
 
-    voices: how many of those that the engines have (None: all); n: how often each says each word; workers: engines at work
-    at a time (None: a few more than cores). Several processes may ask at once, one works. Another folder in its place, no
-    engine, a voice that fails, a place that cannot be written → ValueError with the fix.
+    voices: how many of those that the engines have (None: all); takes: how often each says each word; workers: engines
+    at work at a time. Several processes may ask at once, one works. Another folder in its place, no engine, a voice
+    that fails, a place that cannot be written → ValueError with the fix.
     """
     folder, words = Path(folder).absolute(), list(words)
-    settings = {"what": "speech twin 1", "words": words, "voices": voices, "n": n, "seed": seed}
-    if n < 1 or voices is not None and voices < 3 or len(set(words)) < len(words) or not re.fullmatch("[a-z]+", "".join(words)):
-        raise ValueError(f"words are distinct, of letters a–z; n is at least 1, voices 3, one for each split; got {settings}")
+    settings = {"what": "speech twin 1", "words": words, "voices": voices, "takes": takes, "seed": seed}
+    good = len(set(words)) == len(words) and re.fullmatch("[a-z]+( [a-z]+)*", " ".join(words))
+    if not good or takes < 1 or (voices or 3) < 3:
+        raise ValueError(f"words are distinct, of letters a–z; at least 1 take; 3 voices or more; got {settings}")
     if not folder.exists():
         if cache_base(folder.parent) != folder.parent:
             raise ValueError(f"{folder.parent} cannot be written: choose another folder, or change its rights")
@@ -359,19 +360,19 @@ def make_speech_twin(folder, words=SC35, voices=None, n=2, seed=0, workers=None)
     what = {k: v for k, v in manifest["settings"].items() if v != settings[k]} if manifest else "no twin"
     raise ValueError(f"{folder} is not what was asked: there is {what}. Choose another folder, or delete this one")
 
-# %% ../../nbs/5_data/51_spoken.ipynb #22c3b62b
+# %% ../../nbs/5_data/51_spoken.ipynb #bf45dc43
 class SpeechTwin(WavFolder):
     """SYNTHESISED speech in the format of Speech Commands: one of its 35 words ("sc-twin"), or of ten ("sc10-twin").
 
-    Made below data_dir (default DATA_PATH/speech-twin), no voice in two splits. voices, n, seed, workers: `make_speech_twin`;
-    features, normalize, dropped, length: `WavFolder`.
+    Made below data_dir (default DATA_PATH/speech-twin), no voice in two splits. voices, takes, seed, workers: see
+    `make_speech_twin`; features, normalize, dropped, length: see `WavFolder`.
     """
 
-    def __init__(self, name="sc-twin", features="raw", normalize="global", dropped=0, length=SECOND, voices=None, n=2, seed=0,
-                 data_dir=None, workers=None):
+    def __init__(self, name="sc-twin", features="raw", normalize="global", dropped=0, length=SECOND, voices=None,
+                 takes=2, seed=0, data_dir=None, workers=None):
         known = {"sc-twin": SC35, "sc10-twin": SC10}
         if name not in known: raise ValueError(f"twin {name!r} is unknown: one of {', '.join(known)}")
-        self.spoken, self.workers, self.manifest = {"voices": voices, "n": n, "seed": seed}, workers, None
+        self.spoken, self.workers, self.manifest = {"voices": voices, "takes": takes, "seed": seed}, workers, None
         folder = dataset_dir("speech-twin", data_dir)
         folder = (cache_base(folder) if folder.exists() else folder) / f"twin-{settings_key(self.spoken)}"
         super().__init__(name, folder, known[name], SECOND, length, features, normalize, dropped, "lists")
@@ -379,7 +380,7 @@ class SpeechTwin(WavFolder):
 
     def state(self):
         """Where the twin is, or how long it takes to make."""
-        return f"ready: {self.data_dir}" if self.data_dir.exists() else "generate: a minute or two, with espeak-ng and flite"
+        return f"ready: {self.data_dir}" if self.data_dir.exists() else "generate: a minute or two, by espeak-ng, flite"
 
     def prepare(self):
         """Synthesise the clips, unless they are there; decode and cache them. -> self"""
@@ -394,6 +395,6 @@ class SpeechTwin(WavFolder):
         if made := self.manifest:
             heard = Counter({v["speaker"]: v["split"] for v in made["voices"].values()}.values())
             found = [f"{e} {made['engines'].get(e, 'not installed')}" for e in ("espeak-ng", "flite", "festival")]
-            variant += f"; {', '.join(found)}; {', '.join(f'{heard[s]} voices {s}' for s in SPLITS)}, none in two splits"
-        return replace(super().card, variant=variant, licence="made here, none needed", size="made: 150 MB; prepared the same",
+            variant += f"; {', '.join(found)}; {', '.join(f'{heard[s]} voices {s}' for s in SPLITS)}, none twice"
+        return replace(super().card, variant=variant, licence="made here, none needed", size="140 MB; prepared 140 MB",
                        source="words and format: Warden 2018 (Speech Commands)")
