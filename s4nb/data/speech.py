@@ -306,7 +306,7 @@ class WavFolder(DataModule):
         """The task card; counted figures once the clips are prepared."""
         return speech_card(self)
 
-# %% ../../nbs/5_data/50_speech.ipynb #8e0ddde7
+# %% ../../nbs/5_data/50_speech.ipynb #23a5030c
 SC10 = "yes no up down left right on off stop go".split()
 SC35 = ("bed cat down five forward go house left marvin no on right sheila tree up visual yes backward bird dog eight "
         "follow four happy learn nine off one seven six stop three two wow zero").split()
@@ -369,7 +369,8 @@ class SpeechCommands(WavFolder):
     def card(self):
         """The task card; counted figures once the clips are prepared."""
         ready, card, known = self.facts is not None, super().card, OFFICIAL[self.name]
-        whole, how = not ready or self.facts["sizes"] == known, self.facts["split"] if ready else way(self.split, "lists")
+        how = self.facts["split"] if ready else way(self.split, "lists")
+        whole = not ready or self.facts["sizes"] == known
         part, kept = "" if whole else "PART of ", ", clips of exactly 16,000 samples" * self.exact
         official = whole and (self.name, self.features, self.dropped) == ("sc35", "raw", 0)
         return replace(
