@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'BLOCK', 'HOW', 'SC10', 'SC35', 'ARCHIVE', 'CLIPS', 'OFFICIAL', 'SIZE', 'PUBLISHED', 'clip_name', 'entries',
-           'hash_percent', 'hash_split', 'stratified_split', 'list_split', 'blocks', 'scan', 'pack_clips',
+           'hash_percent', 'hash_split', 'stratified_split', 'list_split', 'blocks', 'scan', 'source_key', 'pack_clips',
            'write_features', 'folders_of_wavs', 'named_split', 'way', 'divide', 'speech_card', 'WavFolder',
            'SpeechCommands']
 
-# %% ../../nbs/5_data/50_speech.ipynb #81a7d3bc
+# %% ../../nbs/5_data/50_speech.ipynb #3f5d3ef0
 import hashlib
+import os
 import re
 from dataclasses import replace
 from functools import partial
@@ -21,10 +22,10 @@ import torch
 from .audio import (Moments, decode_wav, drop_samples, mfcc, normalise, optional, resample, waveform,
                              waveform_steps)
 from .base import (SPLITS, ArrayDataset, DataModule, Progress, TaskCard, cache_base, cached_folder,
-                            data_root, dataset_dir, fingerprint, map_rows, new_rows, pad_batch)
+                            data_root, dataset_dir, fingerprint, map_rows, new_rows, pad_batch, settings_key)
 from .download import SOURCES, archive_files, fetch
 
-# %% ../../nbs/5_data/50_speech.ipynb #5586683f
+# %% ../../nbs/5_data/50_speech.ipynb #22cd3abf
 LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
 
 
@@ -44,10 +45,10 @@ def entries(place, classes):
         return clip if clip and clip.split("/")[0] in classes else file if file in LISTS.values() else False
 
     if place.is_dir():
-        clips = [path for word in classes for path in sorted((place / word).glob("*"))]
-        for path in clips + [place / file for file in LISTS.values()]:
-            name = wanted(path.relative_to(place).as_posix())
-            if name and path.is_file(): yield name, path.read_bytes
+        folders = [word for word in classes if (place / word).is_dir()]
+        clips = [f"{word}/{name}" for word in folders for name in sorted(os.listdir(place / word))]
+        for path in filter(wanted, clips + [file for file in LISTS.values() if (place / file).is_file()]):
+            yield path, (place / path).read_bytes
     else:
         for path, member in archive_files(place, wanted): yield path.as_posix(), member.read
 
@@ -93,7 +94,7 @@ def list_split(names, lists, where, partial=False):
     of = {clip: split for split, clips in listed.items() for clip in clips}
     return [of.get(name, "train") for name in names]
 
-# %% ../../nbs/5_data/50_speech.ipynb #d7418b21
+# %% ../../nbs/5_data/50_speech.ipynb #1ae62df1
 BLOCK = 64                                              # clips in memory at a time
 
 
@@ -113,6 +114,13 @@ def scan(place, classes):
     if len(set(found)) < len(found): raise ValueError(f"{place} holds clips of one name twice: keep one copy")
     rank = {word: i for i, word in enumerate(classes)}
     return sorted(found, key=lambda name: (rank[name.split("/")[0]], name)), lists
+
+
+def source_key(place, classes):
+    """A digest that changes with the names, sizes and dates of the clips and lists, or of the archive."""
+    if place.is_file(): return fingerprint([place], place.parent)
+    stats = ((name, os.stat(f"{place}/{name}")) for name, _ in entries(place, classes))     # quicker than `fingerprint`
+    return settings_key([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
 
 # %% ../../nbs/5_data/50_speech.ipynb #64f3c232
 def pack_clips(folder, place, classes, rate, length, longest, check=None):
@@ -206,7 +214,7 @@ def speech_card(task):
         metric=f"accuracy, {len(task.classes)} classes", licence="that of the recordings", source="files of your own",
         baseline={f"majority class, {s}": f"{100 * task.majority(s)[1]:.1f} %" for s in SPLITS} if ready else {})
 
-# %% ../../nbs/5_data/50_speech.ipynb #a9ac1696
+# %% ../../nbs/5_data/50_speech.ipynb #7de7f79a
 class WavFolder(DataModule):
     """The class of a clip, from folders named for their class: `data_dir/word/file.wav`, mono, `rate` samples a second.
 
@@ -255,9 +263,8 @@ class WavFolder(DataModule):
         if self.facts is not None: return self
         place = self.place()
         folder = place if place.is_dir() else place.parent
-        files = [place] if folder != place else [place / name for name, _ in entries(place, self.classes)]
-        settings = {"what": "clips 1", "source": fingerprint(files, folder), "classes": self.classes, "rate": self.rate,
-                    "length": self.length, "longest": self.longest}
+        settings = {"what": "clips 1", "source": source_key(place, self.classes), "classes": self.classes,
+                    "rate": self.rate, "length": self.length, "longest": self.longest}
         make = lambda new: pack_clips(new, place, self.classes, self.rate, self.length, self.longest, self.check)
         self.clips, _ = cached_folder(cache_base(folder), "clips", settings, make)
         settings = {k: getattr(self, k) for k in ("features", "normalize", "dropped", "split", "exact", "partial")}
