@@ -99,6 +99,12 @@ def test_every_layout_is_found(data_path, place):
     assert len(task.prepare().train) == 4 and task.cache.parent == data_path / "aan"
 
 
+def test_a_folder_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "own")
+    assert len(Retrieval(data_dir="~/own").prepare().train) == len(ROWS["train"])
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["DATA_PATH", "data_dir"])
 def test_from_the_archive(data_path, tmp_path, own):
     source, data_dir = write(tmp_path / "source"), tmp_path / "mine" if own else None
@@ -255,6 +261,8 @@ def test_bad_options():
     refused(lambda: Retrieval("aan"), "'aan' is unknown", "lra-aan", "manpages")
     refused(lambda: Retrieval(l_max=1), "at least 2", "got 1")
     refused(lambda: Retrieval(l_max=2, append_bos=True), "at least 3")
+    refused(lambda: Retrieval(l_max="4000"), "whole number", "got '4000'")
+    refused(lambda: Retrieval(l_max=4.5), "whole number", "got 4.5")
     assert Retrieval(l_max=1, append_eos=False).l_max == 1
 
 

@@ -295,7 +295,7 @@ def read_pages(folder, seed):
                          f"among them for three splits: {INSTALL}")
     return {split: ((y, texts[a], texts[b]) for y, a, b in rows) for split, rows in drawn.items()}, release
 
-# %% ../../nbs/5_data/44_retrieval.ipynb #5009641c
+# %% ../../nbs/5_data/44_retrieval.ipynb #3d076054
 NAMES = ("lra-aan", "manpages")
 COUNTS = {"train": 147_086, "val": 18_090, "test": 17_437}
 PUBLISHED = {"Transformer (LRA)": 57.46, "Reformer (LRA)": 53.40, "BigBird (LRA)": 59.29, "Sparse Trans. (LRA)": 59.59,
@@ -308,7 +308,7 @@ CARDS = {"lra-aan": {"licence": "the papers' authors; by LRA's README only the i
                       "source": "Linux man-pages project; Debian packages manpages, manpages-dev",
                       "size": "prepared 6 MB"}}
 
-
+# %% ../../nbs/5_data/44_retrieval.ipynb #e958abd2
 class Retrieval(DataModule):
     """Does one document cite the other? Pairs of papers ("lra-aan"), or of installed manual pages ("manpages").
 
@@ -321,22 +321,24 @@ class Retrieval(DataModule):
     def __init__(self, name="lra-aan", l_max=4000, append_bos=False, append_eos=True, data_dir=None, seed=0):
         if name not in NAMES: raise ValueError(f"Retrieval {name!r} is unknown: one of {', '.join(NAMES)}")
         least = 1 + bool(append_bos) + bool(append_eos)
-        if l_max < least: raise ValueError(f"l_max has room for a character: at least {least} here; got {l_max}")
+        if not isinstance(l_max, int) or l_max < least:
+            raise ValueError(f"l_max is a whole number with room for a character, at least {least} here; got {l_max!r}")
         self.name, self.l_max, self.bos, self.eos = name, l_max, bool(append_bos), bool(append_eos)
-        self.aan, self.data_dir, self.seed, self.facts = name == "lra-aan", data_dir, int(seed), None
+        self.data_dir = dataset_dir(name, data_dir) if data_dir else None
+        self.aan, self.seed, self.facts = name == "lra-aan", int(seed), None
         if self.aan: self.n_tokens = 95 + 2 + self.bos + self.eos       # as on the released files; `prepare` counts
 
     def find(self):
         """The folder to read from, or None."""
         if self.aan:
             roots = [self.data_dir] if self.data_dir else [data_root() / "aan", data_root()]
-            return next(filter(None, (find_lra(Path(root).absolute(), "aan") for root in roots)), None)
-        if self.data_dir: return Path(self.data_dir).absolute() if page_files(self.data_dir) else None
+            return next(filter(None, (find_lra(root, "aan") for root in roots)), None)
+        if self.data_dir: return self.data_dir if page_files(self.data_dir) else None
         return next((p for p in (data_root() / "manpages", STANDARD_PLACE) if any(p.glob("man2/intro.2*"))), None)
 
     def archive(self):
         """LRA's archive, where it is (data_dir, DATA_PATH) or would be downloaded to, once for all its tasks."""
-        places = [Path(root).absolute() / SOURCES["lra"].name for root in (self.data_dir, data_root()) if root]
+        places = [root / SOURCES["lra"].name for root in (self.data_dir, data_root()) if root]
         return next((p for p in places if p.exists()), places[-1])
 
     def state(self):
@@ -346,15 +348,15 @@ class Retrieval(DataModule):
         except ValueError as e:                         # a part of the files
             return f"missing: {e}"
         if not self.aan: return f"generate: about 5 s, from {place}" if place else f"missing: {INSTALL}"
-        place = place or (self.archive() if self.archive().exists() else None)
-        return f"read from {place}" if place else "download: about 8 GB, LRA's archive of several tasks"
+        if place or self.archive().exists(): return f"read from {place or self.archive()}"
+        return "download: about 8 GB, LRA's archive of several tasks"
 
     def obtain(self):
         """The folder to read from; LRA's archive is downloaded and unpacked where needed."""
         place = self.find()
         if not place and not self.aan: raise ValueError(f"no manual pages are found: {INSTALL}")
-        root = Path(self.data_dir).absolute() if self.data_dir else data_root()
-        return place or extract_lra(fetch(SOURCES["lra"], self.archive().parent), root, ["aan"])["aan"]
+        if place: return place
+        return extract_lra(fetch(SOURCES["lra"], self.archive().parent), self.data_dir or data_root(), ["aan"])["aan"]
 
     def prepare(self):
         """Read the pairs once into a cache: each distinct document as ids, pairs as numbers of documents. -> self"""
