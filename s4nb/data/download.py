@@ -173,7 +173,7 @@ def download(url, path, sha256=None, size=None, pauses=(1, 2, 4)):
                   f"{record.read_text()[:64]}", file=sys.stderr)
     return path
 
-# %% ../../nbs/5_data/41_download.ipynb #19ebdcc0
+# %% ../../nbs/5_data/41_download.ipynb #b07c6e6f
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,
           RuntimeError, UnicodeDecodeError)                     # zipfile's, of flags and names
 OPENERS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open))
@@ -215,8 +215,8 @@ class Header(tarfile.TarInfo):
     """The header of a tar's member. To `tarfile` a damaged or missing one ends the archive; here it is damage."""
 
     @classmethod
-    def frombuf(cls, *args):
-        try: return super().frombuf(*args)
+    def fromtarfile(cls, tar):
+        try: return super().fromtarfile(tar)
         except tarfile.EOFHeaderError: raise                    # the end, marked as it should be
         except tarfile.HeaderError as e: raise tarfile.ReadError(f"{e}: its end is missing, or it changed") from e
 
