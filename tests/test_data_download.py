@@ -19,7 +19,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from s4nb.data.download import (LRA, SOURCES, Source, archive_files, download, extract, extract_lra, fetch, find_lra)
+from s4nb.data.download import (LRA, SOURCES, Source, archive_files, download_file, extract, extract_lra, fetch,
+                                find_lra)
 
 DATA = bytes(range(256)) * 400
 
@@ -68,14 +69,14 @@ def cut_once(server, path, at=30_000):
     "A download that broke off after some bytes."
     server.cut = at
     with pytest.raises(ConnectionError, match=f"closed at byte {at:,} of .* running again goes on from there"):
-        download(server.url, path, pauses=())
+        download_file(server.url, path, pauses=())
     assert Path(f"{path}.part").read_bytes() == server.data[:at] and not path.exists()
 
 
 # ---- downloads ------------------------------------------------------------------------------------------------------
 def test_cut_in_the_middle_and_resumed_byte_for_byte(server, tmp_path, capfd):
     cut_once(server, tmp_path / "f")
-    download(server.url, tmp_path / "f", sha256=sha(DATA), size=len(DATA))
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA), size=len(DATA))
     assert (tmp_path / "f").read_bytes() == DATA
     assert server.requests == [(None, 200), ("bytes=30000-", 206)]
     assert sorted(p.name for p in tmp_path.iterdir()) == [".f.lock", "f"]
@@ -87,7 +88,7 @@ def test_cut_in_the_middle_and_resumed_byte_for_byte(server, tmp_path, capfd):
 def test_a_date_serves_where_there_is_no_etag(server, tmp_path):
     server.tags = {"Last-Modified": "Sat, 01 Jan 2022 00:00:00 GMT"}
     cut_once(server, tmp_path / "f")
-    download(server.url, tmp_path / "f", sha256=sha(DATA))
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA))
     assert server.requests[1] == ("bytes=30000-", 206) and (tmp_path / "f").read_bytes() == DATA
 
 
@@ -95,48 +96,48 @@ def test_a_date_serves_where_there_is_no_etag(server, tmp_path):
 def test_without_a_tag_of_the_content_it_starts_over(server, tmp_path, tags):
     server.tags = tags
     cut_once(server, tmp_path / "f")
-    download(server.url, tmp_path / "f", sha256=sha(DATA))
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA))
     assert server.requests[1] == (None, 200) and (tmp_path / "f").read_bytes() == DATA
 
 
 def test_a_server_that_ignores_ranges(server, tmp_path):
     server.ranges = False
     cut_once(server, tmp_path / "f")
-    download(server.url, tmp_path / "f", sha256=sha(DATA))
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA))
     assert server.requests[1] == ("bytes=30000-", 200) and (tmp_path / "f").read_bytes() == DATA
 
 
 def test_a_file_that_changed_between_the_attempts(server, tmp_path):
     cut_once(server, tmp_path / "f")
     server.data, server.tags = DATA[::-1], {"ETag": '"b"'}
-    download(server.url, tmp_path / "f")
+    download_file(server.url, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == DATA[::-1]
 
 
 def test_a_part_of_another_address_is_not_used(server, tmp_path):
     cut_once(server, tmp_path / "f")
-    download(server.url + "?other", tmp_path / "f", sha256=sha(DATA))
+    download_file(server.url + "?other", tmp_path / "f", sha256=sha(DATA))
     assert server.requests[1] == (None, 200)
 
 
 def test_a_part_that_was_complete(server, tmp_path):
     cut_once(server, tmp_path / "f", at=len(DATA) - 1)
     with open(tmp_path / "f.part", "ab") as f: f.write(DATA[-1:])            # killed after the last byte
-    download(server.url, tmp_path / "f", sha256=sha(DATA))
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA))
     assert server.requests[1][1] == 416
 
 
 def test_a_part_that_is_too_long(server, tmp_path):
     cut_once(server, tmp_path / "f")
     with open(tmp_path / "f.part", "ab") as f: f.write(bytes(len(DATA)))
-    download(server.url, tmp_path / "f", sha256=sha(DATA), pauses=(0,))
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA), pauses=(0,))
     assert [status for _, status in server.requests] == [200, 416, 200]
 
 
 def test_a_rest_that_comes_in_portions(server, tmp_path):
     cut_once(server, tmp_path / "f")
     server.portion = 40_000
-    download(server.url, tmp_path / "f", pauses=(0,))
+    download_file(server.url, tmp_path / "f", pauses=(0,))
     assert (tmp_path / "f").read_bytes() == DATA
     assert server.requests[1:] == [("bytes=30000-", 206), ("bytes=70000-", 206)]
 
@@ -144,7 +145,7 @@ def test_a_rest_that_comes_in_portions(server, tmp_path):
 def test_another_rest_than_was_asked_for_is_not_taken(server, tmp_path):
     cut_once(server, tmp_path / "f")
     server.shift = -5
-    download(server.url, tmp_path / "f", pauses=(0,))
+    download_file(server.url, tmp_path / "f", pauses=(0,))
     assert (tmp_path / "f").read_bytes() == DATA and server.requests[2] == (None, 200)
 
 
@@ -156,66 +157,67 @@ def test_attempts_go_on_while_something_arrives_and_end_when_nothing_does(server
     server.statuses = Cuts([200] + [206] * 4)
     with pytest.raises(ConnectionError, match="broke off"):
         server.ranges = False
-        download(server.url, tmp_path / "f", pauses=(0, 0))
+        download_file(server.url, tmp_path / "f", pauses=(0, 0))
     assert len(server.requests) == 3                                         # the first, and two pauses: no news
     server.ranges, server.requests = True, []
     server.cut, busy = 20_000, [503, 429, 503]
     server.statuses = busy
-    download(server.url, tmp_path / "g", sha256=sha(DATA), pauses=(0, 0, 0))
+    download_file(server.url, tmp_path / "g", sha256=sha(DATA), pauses=(0, 0, 0))
     assert [status for _, status in server.requests][:4] == [503, 429, 503, 200]
 
 
 def test_busy_for_ever_missing_refused_unreachable(server, tmp_path):
     server.statuses = [503] * 9
     with pytest.raises(ConnectionError, match="cannot be reached .*503.*put the file at .*f yourself"):
-        download(server.url, tmp_path / "f", pauses=(0,))
+        download_file(server.url, tmp_path / "f", pauses=(0,))
     assert len(server.requests) == 2
     server.statuses = [404, 403]
     for status in (404, 403):
         with pytest.raises(OSError, match=f"cannot be had .status {status} .*If you have this file, put it at .*f and"):
-            download(server.url, tmp_path / "f", pauses=(0,))
+            download_file(server.url, tmp_path / "f", pauses=(0,))
     assert len(server.requests) == 4                                         # no second attempt
     server.statuses = [404]
-    with pytest.raises(OSError, match="a%20b cannot be had"): download(server.url + "?a%20b", tmp_path / "f", pauses=())
+    with pytest.raises(OSError, match="a%20b cannot be had"):
+        download_file(server.url + "?a%20b", tmp_path / "f", pauses=())
     with pytest.raises(ConnectionError, match="cannot be reached"):
-        download("http://127.0.0.1:9/f", tmp_path / "f", pauses=())
+        download_file("http://127.0.0.1:9/f", tmp_path / "f", pauses=())
     with pytest.raises(ValueError, match="takes http://, https:// and file:// addresses, got 'ftp"):
-        download("ftp://x/f", tmp_path / "f")
+        download_file("ftp://x/f", tmp_path / "f")
 
 
 def test_wrong_checksum_and_wrong_size(server, tmp_path):
     with pytest.raises(ValueError, match=f"{server.url}: expected sha256 {'0' * 64}, got {sha(DATA)}. What arrived"):
-        download(server.url, tmp_path / "f", sha256="0" * 64)
+        download_file(server.url, tmp_path / "f", sha256="0" * 64)
     with pytest.raises(ValueError, match=f"offers {len(DATA):,} bytes, 5 are expected"):
-        download(server.url, tmp_path / "f", size=5)
+        download_file(server.url, tmp_path / "f", size=5)
     server.announce_length = False
     with pytest.raises(ValueError, match=f"expected 5 bytes, got {len(DATA):,}"):
-        download(server.url, tmp_path / "f", size=5)
+        download_file(server.url, tmp_path / "f", size=5)
     assert [p.name for p in tmp_path.iterdir()] == [".f.lock"]
-    download(server.url, tmp_path / "f", sha256=sha(DATA).upper())           # of unannounced length, and right
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA).upper())           # of unannounced length, and right
     assert (tmp_path / "f").read_bytes() == DATA
 
 
 def test_first_use_is_recorded_and_compared(server, tmp_path, capfd):
-    path = download(server.url, tmp_path / "f")
+    path = download_file(server.url, tmp_path / "f")
     assert (tmp_path / "f.sha256").read_text() == f"{sha(DATA)}  f\n" and sha(DATA) in capfd.readouterr().err
-    assert download(server.url, path) == path and len(server.requests) == 1  # there already
+    assert download_file(server.url, path) == path and len(server.requests) == 1  # there already
     path.write_bytes(b"edited")
     with pytest.raises(ValueError, match=r"f is not http.*got .*f.sha256 keeps .*Delete it and run again"):
-        download(server.url, path)
+        download_file(server.url, path)
     path.unlink()
     server.data = b"another"
     with pytest.raises(ValueError, match=f"expected sha256 {sha(DATA)}.*f.sha256 keeps .*: delete it too if you trust"):
-        download(server.url, path)
+        download_file(server.url, path)
     assert not path.exists()
     (tmp_path / "f.sha256").unlink()                                         # as the message says
-    assert download(server.url, path).read_bytes() == b"another"
+    assert download_file(server.url, path).read_bytes() == b"another"
 
 
 def test_a_file_that_lies_there_is_checked_and_never_removed(server, tmp_path):
     (tmp_path / "f").write_bytes(DATA[:100])
     with pytest.raises(ValueError, match="is not .*: expected 102,400 bytes, got 100. Delete it"):
-        download(server.url, tmp_path / "f", size=len(DATA))
+        download_file(server.url, tmp_path / "f", size=len(DATA))
     assert (tmp_path / "f").read_bytes() == DATA[:100] and not server.requests
 
 
@@ -223,13 +225,13 @@ def test_files_of_a_mirror(tmp_path):
     (tmp_path / "source").write_bytes(DATA)
     source = Source((tmp_path / "source").as_uri(), "none", len(DATA), sha(DATA), "bytes")
     assert fetch(source, tmp_path / "there").read_bytes() == DATA
-    with pytest.raises(OSError, match="cannot be had"): download(f"file://{tmp_path}/nothing", tmp_path / "f")
+    with pytest.raises(OSError, match="cannot be had"): download_file(f"file://{tmp_path}/nothing", tmp_path / "f")
 
 
 def test_a_disk_too_small_is_refused_before_the_first_byte(server, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     with pytest.raises(OSError, match="needs 102,400 bytes, .* has 1 free: make room there"):
-        download(server.url, tmp_path / "f")
+        download_file(server.url, tmp_path / "f")
     assert not (tmp_path / "f.part").exists()
 
 
@@ -250,30 +252,30 @@ def full_disk(call, error):
 
 
 def test_a_disk_that_fills_up(server, tmp_path):
-    start(full_disk, lambda: download(server.url, tmp_path / "f", pauses=(60,)), tmp_path / "error").join(30)
+    start(full_disk, lambda: download_file(server.url, tmp_path / "f", pauses=(60,)), tmp_path / "error").join(30)
     said = (tmp_path / "error").read_text()
     assert "f.part could not be written" in said and "Make room" in said and "goes on from there" in said
     assert not (tmp_path / "f").exists() and 0 < (tmp_path / "f.part").stat().st_size <= 50_000
-    download(server.url, tmp_path / "f", sha256=sha(DATA))
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA))
     assert server.requests[1][1] == 206
 
 
 def test_kill_in_the_middle_then_resumed(server, tmp_path):
     server.cut, server.hold = 60_000, threading.Event()                      # half of it comes, then nothing
-    child, part = start(download, server.url, tmp_path / "f"), tmp_path / "f.part"
+    child, part = start(download_file, server.url, tmp_path / "f"), tmp_path / "f.part"
     until = time.monotonic() + 20
     while not (part.exists() and part.stat().st_size >= 50_000) and time.monotonic() < until: time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     have = part.stat().st_size
     assert 0 < have <= 60_000 and not (tmp_path / "f").exists()
-    download(server.url, tmp_path / "f", sha256=sha(DATA))
+    download_file(server.url, tmp_path / "f", sha256=sha(DATA))
     assert server.requests[1] == (f"bytes={have}-", 206)
 
 
 def test_two_processes_make_one_transfer(server, tmp_path):
     server.cut, server.hold = len(DATA), threading.Event()
-    rivals = [start(download, server.url, tmp_path / "f", sha(DATA)) for _ in range(3)]
+    rivals = [start(download_file, server.url, tmp_path / "f", sha(DATA)) for _ in range(3)]
     time.sleep(0.3)                                                          # the others stand at the lock
     server.hold.set()
     for p in rivals: p.join(30)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'OPENERS', 'HARD', 'LRA', 'MNIST', 'FASHION', 'SOURCES', 'announce', 'Interrupted', 'writing', 'piece',
-           'kept', 'ask', 'receive', 'difference', 'transfer', 'download', 'readable', 'Member', 'chosen', 'Header',
-           'tar_files', 'zip_files', 'reader', 'archive_files', 'move_in', 'unpack', 'extract', 'find_lra',
+           'kept', 'ask', 'receive', 'difference', 'transfer', 'download_file', 'readable', 'Member', 'chosen',
+           'Header', 'tar_files', 'zip_files', 'reader', 'archive_files', 'move_in', 'unpack', 'extract', 'find_lra',
            'extract_lra', 'Source', 'fetch', 'idx_sources']
 
 # %% ../../nbs/5_data/41_download.ipynb #d5fc3716
@@ -144,8 +144,8 @@ def transfer(url, part, size, pauses):
                 raise ConnectionError(f"{url} {what}. Or put the file at {str(part)[:-5]} yourself") from e
             time.sleep(left.pop(0))
 
-# %% ../../nbs/5_data/41_download.ipynb #35b08a63
-def download(url, path, sha256=None, size=None, pauses=(1, 2, 4)):
+# %% ../../nbs/5_data/41_download.ipynb #f1e357c8
+def download_file(url, path, sha256=None, size=None, pauses=(1, 2, 4)):
     """The file `path`, fetched from `url` (http, https, file) unless it is there; complete and checked. -> Path
 
     Resumes PATH.part. Content other than expected (bytes, SHA-256; without one, that recorded the first time) →
@@ -154,7 +154,7 @@ def download(url, path, sha256=None, size=None, pauses=(1, 2, 4)):
     path = Path(path)
     part, record = Path(f"{path}.part"), Path(f"{path}.sha256")
     if not url.startswith(("http://", "https://", "file://")):
-        raise ValueError(f"download takes http://, https:// and file:// addresses, got {url!r}")
+        raise ValueError(f"download_file takes http://, https:// and file:// addresses, got {url!r}")
     if path.exists() and (wrong := difference(path, record, size, sha256)):
         raise ValueError(f"{path} is not {url}: {wrong}. Delete it and run again, it is then downloaded")
     if path.exists(): return path
@@ -341,7 +341,7 @@ def extract_lra(archive, root, parts):
     if None in found.values(): raise ValueError(f"{archive} has not all of {', '.join(parts)}: is it the LRA release?")
     return found
 
-# %% ../../nbs/5_data/41_download.ipynb #340842a1
+# %% ../../nbs/5_data/41_download.ipynb #3551c815
 @dataclass(frozen=True)
 class Source:
     """A file on the network: its licence, what it must be (bytes and SHA-256, None where unknown), what it is."""
@@ -364,7 +364,7 @@ class Source:
 
 def fetch(source, folder):
     """The file of a Source in `folder`: there already, or downloaded and checked. -> Path"""
-    return download(source.url, Path(folder) / source.name, sha256=source.sha256, size=source.bytes)
+    return download_file(source.url, Path(folder) / source.name, sha256=source.sha256, size=source.bytes)
 
 
 def idx_sources(site, licence, what, *files):
