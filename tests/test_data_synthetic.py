@@ -113,6 +113,7 @@ def test_fixed_by_seed_split_and_index(make):
     assert len({str(x.tolist()) for x in firsts}) == 6
     with pytest.raises(IndexError): a.test[10]
     with pytest.raises(IndexError): a.train[-1]
+    for i in (torch.tensor(3), np.int64(3)): assert a.train[i][0].equal(a.train[3][0])       # as Subset may give them
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -190,15 +191,19 @@ def test_blind_guesses():
     assert share == (y == token).float().mean() == max((y == t).float().mean() for t in range(12))
 
 
-BAD = {"sizes": (lambda: Adding(sizes=(0, 1, 1)), "each at least 1"),
-       "two sizes": (lambda: Delay(sizes=(5, 5)), "train, val, test"),
-       "one step": (lambda: Adding(l_max=1), "at least 2, got 1"),
+BAD = {"sizes": (lambda: Adding(sizes=(0, 1, 1)), "the size of train is a whole number, at least 1; got 0"),
+       "broken size": (lambda: Adding(sizes=(9, 9, 1.5)), "the size of test"),
+       "two sizes": (lambda: Delay(sizes=(5, 5)), "train, val, test"), "seed": (lambda: Adding(seed="one"), "'one'"),
+       "one step": (lambda: Adding(l_max=1), "at least 2; got 1"),
+       "float": (lambda: Delay(l_seq=4e3), "l_seq is a whole number"),
+       "float tokens": (lambda: Copying(n_tokens=64.0), "n_tokens is a whole number"),
        "no symbol": (lambda: Copying(n_tokens=2), "at least 3"),
        "nothing": (lambda: Copying(l_memorize=0), "at least 1"),
-       "negative": (lambda: Copying(l_noise=-1), "got 1024 and -1"),
+       "negative": (lambda: Copying(l_noise=-1), "got -1"),
        "short lag": (lambda: Copying(5, 5, lag=True), "longer than l_memorize"),
        "both modes": (lambda: Copying(50, 5, lag=True, variable=True), "variable is off"),
        "long delay": (lambda: Delay(l_lag=4000), "got 4000"), "no delay": (lambda: Delay(l_lag=0), "got 0"),
+       "twice negative": (lambda: Delay(l_lag=-5, n_lag=-1), "got -5"), "no time": (lambda: Delay(dt=0), "above 0"),
        "long memory": (lambda: Reconstruct(l_mem=4001), "got 4001"),
        "too slow": (lambda: Delay(freq=0.5), "1/(l_seq·dt) = 1"),
        "too fast": (lambda: Delay(freq=2001), "1/(2·dt) = 2000"),

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['seeded', 'Stream', 'FreshOrder', 'draw_copying', 'draw_lagged', 'draw_adding', 'band_limited', 'draw_delay',
-           'draw_reconstruct', 'Synthetic', 'Adding', 'Copying', 'check_signal', 'Delay', 'Reconstruct']
+           'draw_reconstruct', 'whole', 'Synthetic', 'Adding', 'Copying', 'check_signal', 'Delay', 'Reconstruct']
 
-# %% ../../nbs/5_data/52_synthetic.ipynb #0fb3fafd
+# %% ../../nbs/5_data/52_synthetic.ipynb #6dd07126
 import hashlib
 import math
+import operator
 from collections import Counter
+from numbers import Integral
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .base import SPLITS, DataModule, EpochOrder, TaskCard
 
-# %% ../../nbs/5_data/52_synthetic.ipynb #0e29d1d1
+# %% ../../nbs/5_data/52_synthetic.ipynb #1d7934cb
 def seeded(*words):
     """A torch.Generator whose seed is a hash of the words: the same in every process and on every machine."""
     digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
@@ -36,6 +38,7 @@ class Stream(Dataset):
         return self.n
 
     def __getitem__(self, i):
+        i = operator.index(i)                           # 3 and tensor(3) are one example
         if i < 0 or i >= self.n and not self.endless: raise IndexError(f"example {i} of a set of {self.n:,}")
         return self.draw(seeded(*self.key, i))
 
@@ -75,7 +78,7 @@ def draw_adding(g, l):
     x[[first, second], 1] = 1
     return x, x[first, 0] + x[second, 0]
 
-# %% ../../nbs/5_data/52_synthetic.ipynb #7d3836c9
+# %% ../../nbs/5_data/52_synthetic.ipynb #b15bde35
 def band_limited(g, l, dt, freq, rms=0.5):
     """A Gaussian signal (l) float32 with equal power at the frequencies up to `freq` and none above, zero at its start.
 
@@ -84,7 +87,7 @@ def band_limited(g, l, dt, freq, rms=0.5):
     n = (l + 1) // 2
     normals = torch.randn(2, n + 1, dtype=torch.float64, generator=g)
     z = torch.complex(normals[1], normals[0]) * rms * math.sqrt(0.5)
-    kept = torch.arange(n + 1) <= 2 * n * dt * freq * (1 + 1e-12)       # freq itself is kept, however dt is rounded
+    kept = torch.arange(n + 1, dtype=torch.float64) <= 2 * n * dt * freq * (1 + 1e-9)   # freq too, however rounded
     z = z * kept / torch.sqrt(1 - (~kept).sum() / n) * math.sqrt(2 * n)
     z[0], z.imag[n] = 0, 0
     x = torch.fft.irfft(z)
@@ -104,7 +107,14 @@ def draw_reconstruct(g, l_seq, l_mem, dt, freq):
     u = band_limited(g, l_seq, dt, freq)
     return u[:, None], u[l_seq - l_mem:]
 
-# %% ../../nbs/5_data/52_synthetic.ipynb #f8974d56
+# %% ../../nbs/5_data/52_synthetic.ipynb #1aa56f5e
+def whole(owner, least, **values):
+    """Each of the values is a whole number, at least `least`; otherwise ValueError."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{owner}: {name} is a whole number, at least {least}; got {value!r}")
+
+
 class Synthetic(DataModule):
     """Sequences made as they are read: subclasses define `draw(generator) -> (x, y)` and the words of the card.
 
@@ -114,9 +124,10 @@ class Synthetic(DataModule):
     endless, guess = True, 0.0                          # guess: the best constant answer of a regression
 
     def __init__(self, sizes, seed):
-        if len(sizes) != 3 or min(sizes) < 1:
-            raise ValueError(f"sizes are (train, val, test), each at least 1; got {tuple(sizes)}")
-        self.sizes, self.seed, self.blind = tuple(map(int, sizes)), int(seed), {}
+        if len(sizes) != 3: raise ValueError(f"{self.name}: sizes are those of train, val, test; got {tuple(sizes)}")
+        whole(self.name, 1, **{f"the size of {split}": n for split, n in zip(SPLITS, sizes)})
+        whole(self.name, 0, seed=seed)
+        self.sizes, self.seed, self.blind = tuple(sizes), seed, {}
 
     def load(self, split):
         """A split as a Stream."""
@@ -151,14 +162,14 @@ class Synthetic(DataModule):
         return TaskCard(self.name, what, variant, dict(zip(SPLITS, self.sizes)), length, vocabulary, metric,
                         "none needed: random numbers", source, baseline=self.blind, size="nothing stored")
 
-# %% ../../nbs/5_data/52_synthetic.ipynb #ae9bfbe0
+# %% ../../nbs/5_data/52_synthetic.ipynb #f7d882b8
 class Adding(Synthetic):
     """The sum of two marked numbers among l_max: x (l_max 2), y (1); read at the last step. Train is fixed."""
     name, kind, d_input, d_output, endless, guess = "adding", "regression", 2, 1, False, 1.0
 
     def __init__(self, l_max=1000, sizes=(45_000, 5_000, 5_000), seed=0):
         super().__init__(sizes, seed)
-        if l_max < 2: raise ValueError(f"adding marks two of l_max steps: l_max is at least 2, got {l_max}")
+        whole(self.name, 2, l_max=l_max)                # two of the steps are marked
         self.l_max = l_max
 
     def draw(self, g):
@@ -183,9 +194,9 @@ class Copying(Synthetic):
     def __init__(self, l_noise=0, l_memorize=1024, n_tokens=64, variable=False, lag=False,
                  sizes=(10_000, 1_000, 1_000), seed=0):
         super().__init__(sizes, seed)
-        if n_tokens < 3: raise ValueError(f"n_tokens counts blank, marker and symbols: at least 3, got {n_tokens}")
-        if l_memorize < 1 or l_noise < 0:
-            raise ValueError(f"l_memorize is at least 1 and l_noise at least 0; got {l_memorize} and {l_noise}")
+        whole(self.name, 3, n_tokens=n_tokens)          # a blank, a marker, a symbol
+        whole(self.name, 1, l_memorize=l_memorize)
+        whole(self.name, 0, l_noise=l_noise)
         if lag and (variable or l_noise <= l_memorize):
             raise ValueError("lag: l_noise is the length, longer than l_memorize, and variable is off; got "
                              f"l_noise={l_noise}, l_memorize={l_memorize}, variable={variable}")
@@ -218,11 +229,12 @@ class Copying(Synthetic):
                              f"accuracy of the last {self.l_output:,} tokens",
                              "Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016; sizes of the S4 repository")
 
-# %% ../../nbs/5_data/52_synthetic.ipynb #5e4ccf92
+# %% ../../nbs/5_data/52_synthetic.ipynb #e0b6de85
 def check_signal(name, l_seq, dt, freq, window, what):
     """A signal of l_seq samples that has frequencies up to `freq`, and a window inside it; otherwise ValueError."""
-    if not 0 < window < l_seq + (name == "reconstruct"):
-        raise ValueError(f"{name}: {what} is between 1 step and the length l_seq={l_seq}; got {window}")
+    if not dt > 0: raise ValueError(f"{name}: dt is the time between two samples, above 0; got {dt}")
+    if window >= l_seq + (name == "reconstruct"):
+        raise ValueError(f"{name}: {what} must fit into the length l_seq={l_seq}; got {window}")
     if not 1 / (l_seq * dt) <= freq * (1 + 1e-9) <= 1 / (2 * dt) * (1 + 2e-9):
         raise ValueError(f"{name}: freq={freq:g} is not between 1/(l_seq·dt) = {1 / (l_seq * dt):g}, the signal's "
                          f"first frequency, and 1/(2·dt) = {1 / (2 * dt):g}, its last; change freq, dt or l_seq")
@@ -234,6 +246,7 @@ class Delay(Synthetic):
 
     def __init__(self, l_seq=4000, l_lag=1000, n_lag=1, dt=0.00025, freq=1000.0, sizes=(16_384, 1_024, 1_024), seed=0):
         super().__init__(sizes, seed)
+        whole(self.name, 1, l_seq=l_seq, l_lag=l_lag, n_lag=n_lag)
         check_signal(self.name, l_seq, dt, freq, l_lag * n_lag, "the delay l_lag·n_lag")
         self.l_seq, self.l_lag, self.n_lag, self.dt, self.freq = l_seq, l_lag, n_lag, dt, freq
         self.l_max = self.l_output = l_seq
@@ -257,6 +270,7 @@ class Reconstruct(Synthetic):
 
     def __init__(self, l_seq=4000, l_mem=1000, dt=0.001, freq=100.0, sizes=(16_384, 1_024, 1_024), seed=0):
         super().__init__(sizes, seed)
+        whole(self.name, 1, l_seq=l_seq, l_mem=l_mem)
         check_signal(self.name, l_seq, dt, freq, l_mem, "the memory l_mem")
         self.l_seq, self.l_mem, self.dt, self.freq, self.l_max, self.d_output = l_seq, l_mem, dt, freq, l_seq, l_mem
 
