@@ -294,7 +294,7 @@ def script(words, voices, takes, seed):
             taken[who, word] += 1
     return lines, splits
 
-# %% ../../nbs/5_data/51_spoken.ipynb #2526b089
+# %% ../../nbs/5_data/51_spoken.ipynb #fe4041c9
 ABOUT = """# Synthesised speech in the format of Speech Commands
 
 This is NOT the Speech Commands dataset; no person speaks here. {clips:,} clips of {words} words in the voices of
@@ -332,10 +332,10 @@ def synthesise(folder, settings, workers):
     (folder / "README.md").write_text(ABOUT.format(
         clips=len(lines), words=len(words), speakers=len(splits), **Counter(splits.values()),
         engines=", ".join(f"{e} {v}" for e, v in found.items())))
-    facts = {"settings": settings, "engines": found, "voices": said, "left out": {k: v[k] for _, v in casts for k in v}}
-    (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
+    manifest = dict(settings=settings, engines=found, voices=said, dropped={k: v[k] for _, v in casts for k in v})
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
-# %% ../../nbs/5_data/51_spoken.ipynb #c3676f42
+# %% ../../nbs/5_data/51_spoken.ipynb #e4ac6966
 def make_speech_twin(folder, words=SC35, voices=None, takes=2, seed=0, workers=None):
     """Synthesise spoken words in the format of Speech Commands into `folder`, unless they are there. -> its manifest
 
@@ -354,13 +354,12 @@ def make_speech_twin(folder, words=SC35, voices=None, takes=2, seed=0, workers=N
         with locked(folder.with_name(f".{folder.name}.lock")):
             for left in folder.parent.glob(f".{folder.name}.*.tmp"): shutil.rmtree(left)        # of killed processes
             if not folder.exists(): write_atomically(folder, lambda tmp: synthesise(tmp, settings, workers))
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.exists() else {}
+    manifest = json.loads(path.read_text()) if (path := folder / "manifest.json").exists() else {}
     if manifest.get("settings") == settings: return manifest
     what = {k: v for k, v in manifest["settings"].items() if v != settings[k]} if manifest else "no twin"
     raise ValueError(f"{folder} is not what was asked: there is {what}. Choose another folder, or delete this one")
 
-# %% ../../nbs/5_data/51_spoken.ipynb #bf45dc43
+# %% ../../nbs/5_data/51_spoken.ipynb #7c38371f
 class SpeechTwin(WavFolder):
     """SYNTHESISED speech in the format of Speech Commands: one of its 35 words ("sc-twin"), or of ten ("sc10-twin").
 
@@ -395,6 +394,7 @@ class SpeechTwin(WavFolder):
         if made := self.manifest:
             heard = Counter({v["speaker"]: v["split"] for v in made["voices"].values()}.values())
             found = [f"{e} {made['engines'].get(e, 'not installed')}" for e in ("espeak-ng", "flite", "festival")]
-            variant += f"; {', '.join(found)}; {', '.join(f'{heard[s]} voices {s}' for s in SPLITS)}, none twice"
+            voices = ", ".join(f"{s} {heard[s]}" for s in SPLITS)
+            variant += f"; {', '.join(found)}; voices: {voices}, none in two splits"
         return replace(super().card, variant=variant, licence="made here, none needed", size="140 MB; prepared 140 MB",
                        source="words and format: Warden 2018 (Speech Commands)")
