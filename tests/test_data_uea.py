@@ -1,5 +1,6 @@
 """The UEA archive: the format and its faults, folders and zips, the twin, splits, rates, missing values."""
 
+import pickle
 import zipfile
 
 import numpy as np
@@ -14,9 +15,9 @@ HEADER = ["@problemName X", "@timeStamps false", "@missing false", "@univariate 
 
 
 def ts(path, rows, **header):
-    "A file of HEADER with some lines replaced: ts(…, timeStamps='true')."
+    "A file of HEADER with some lines replaced, or left out (''): ts(…, missing='true')."
     lines = [f"@{w} {header.get(w, rest)}" if rest else line
-             for line in HEADER for w, _, rest in [line[1:].partition(" ")]]
+             for line in HEADER for w, _, rest in [line[1:].partition(" ")] if header.get(w) != ""]
     path.write_text("\n".join(["# a comment", *lines, *rows]) + "\n")
     return path
 
@@ -36,8 +37,8 @@ def problem(folder, name="Mine", n=20, d=2, seed=0, lengths=(8, 20), gaps=False)
 def test_values_missing_ones_comments_and_blank_lines(tmp_path):
     file = TsFile(ts(tmp_path / "a.ts", ["1,2,3:4, 5 ,?:red", "", "# more", "-1e3,0,NaN:0,0,0: blue "]))
     assert file.header["dimensions"] == 2 and file.header["equallength"] and file.classes == ["red", "blue"]
-    (a, times, red), (b, _, blue) = file
-    assert times is None and (red, blue) == ("red", "blue") and a.dtype == np.float32
+    (a, red), (b, blue) = file
+    assert (red, blue) == ("red", "blue") and a.dtype == np.float32
     assert np.array_equal(a, [[1, 4], [2, 5], [3, np.nan]], equal_nan=True)
     assert np.array_equal(b, [[-1000, 0], [0, 0], [np.nan, 0]], equal_nan=True)
 
@@ -49,26 +50,38 @@ def test_letters_of_the_header_may_be_large_or_small_and_marks_of_the_order_of_b
     assert len(list(TsFile(tmp_path / "a.ts"))) == 1
 
 
-def test_pairs_of_time_and_value(tmp_path):
-    file = TsFile(ts(tmp_path / "a.ts", ["(0,1),(0.5,2),(3,?):(0,4),(0.5,5), (3, 6):red"], timeStamps="true"))
-    (x, times, _), = file
-    assert times.tolist() == [0, 0.5, 3] and np.array_equal(x, [[1, 4], [2, 5], [np.nan, 6]], equal_nan=True)
+def test_a_file_as_the_documentation_of_the_format_shows_it(tmp_path):
+    text = "#Four classes.\n#\n@problemName BasicMotions\n@timeStamps false\n@missing false\n@univariate false\n" \
+        "@dimension 2\n@equalLength true\n@seriesLength 4\n@classLabel true Standing Running\n  @data\n" \
+        "-0.740653,-0.740653,10.208449,2.867009:-0.194301,-0.194301,-0.249618,0.516079:Standing\n"
+    (tmp_path / "a.ts").write_text(text.replace("\n", "\r\n"))
+    file = TsFile(tmp_path / "a.ts")
+    (x, label), = file
+    assert label == "Standing" and x.shape == (4, 2) and x[2, 0] == np.float32(10.208449) and file.header["dimensions"] == 2
 
 
-UNEVEN = {"timeStamps": "true", "equalLength": "false"}
+def test_a_short_channel_ends_with_missing_values(tmp_path):
+    file = TsFile(ts(tmp_path / "a.ts", ["1,2,3:4:red", "1:2,3:blue"], equalLength="false"))
+    (a, _), (b, _) = file
+    assert np.array_equal(a, [[1, 4], [2, np.nan], [3, np.nan]], equal_nan=True)
+    assert np.array_equal(b, [[1, 2], [np.nan, 3]], equal_nan=True)
+
+
+NO_SIZES = {"dimensions": "", "seriesLength": ""}
 FAULTS = {
     "value": (["1,2,x:4,5,6:red"], {}, 11, "not a number: .*'x'"),
     "empty": (["1,2,:4,5,6:red"], {}, 11, "not a number"),
     "class": (["1,2,3:4,5,6:red", "1,2,3:4,5,6:green"], {}, 12, "the class 'green' is none of red, blue"),
-    "channels": (["1,2,3:red"], {}, 11, "1 channels, the header says 2"),
-    "univariate": (["1,2,3:4,5,6:red"], {"univariate": "true"}, 11, "2 channels, the header says 1"),
-    "uneven": (["1,2,3:4,5:red"], {}, 11, r"different lengths \[3, 2\]"),
-    "length": (["1,2:4,5:red"], {}, 11, "2 values, the header says 3"),
+    "channels": (["1,2,3:red"], {}, 11, "1 channels, 2 are expected"),
+    "univariate": (["1,2,3:4,5,6:red"], {"univariate": "true"}, 11, "2 channels, 1 are expected"),
+    "uneven": (["1,2,3:4,5:red"], {}, 11, "the channels have 3, 2 values, all must have 3"),
+    "length": (["1,2:4,5:red"], {}, 11, "2, 2 values, all must have 3"),
     "no label": (["1,2,3:4,5,6"], {}, 11, "the class '4,5,6' is none of"),
-    "pairs": (["(0,1),(1,2),3:(0,1),(1,2),(2,3):red"], {"timeStamps": "true"}, 11, r"expected \(time,value\)"),
-    "dates": (["(2020-01-01,1):(2020-01-01,1):red"], UNEVEN, 11, "not a number"),
-    "other times": (["(0,1),(1,2):(0,1),(2,2):red"], UNEVEN, 11, "different times"),
-    "back": (["(1,1),(0,2):(1,1),(0,2):red"], UNEVEN, 11, "do not increase"),
+    "infinite": (["1,2,3:4,inf,6:red"], {}, 11, "value 2 of a channel is infinite"),
+    "too large": (["1,2,3:4,5,1e39:red"], {}, 11, "value 3 of a channel is infinite"),
+    "other channels": (["1,2,3:4,5,6:red", "1,2,3:red"], NO_SIZES, 10, "1 channels, 2 are expected"),
+    "other length": (["1,2,3:4,5,6:red", "1,2:4,5:red"], NO_SIZES, 10, "2, 2 values, all must have 3"),
+    "times": ([], {"timeStamps": "true"}, 3, "values with times of their own are not read"),
     "flag": ([], {"missing": "perhaps"}, 4, "@missing is true or false, got perhaps"),
     "number": ([], {"dimensions": "two"}, 6, "@dimensions is a number"),
     "unlabelled": ([], {"classLabel": "false"}, 10, "no '@classLabel true"),
@@ -92,25 +105,24 @@ def test_no_data_and_text_before_it(tmp_path):
 def test_what_is_written_is_read(tmp_path):
     x = np.float32([[1.5, np.nan], [-2.25, 1e-7], [3, 1e6]])
     write_ts(tmp_path / "a.ts", "A", ["p", "q"], [(x, "q")])
-    (y, _, label), = TsFile(tmp_path / "a.ts")
+    (y, label), = TsFile(tmp_path / "a.ts")
     assert np.allclose(x, y, rtol=1e-4, equal_nan=True) and label == "q"
 
 
 # ---- the task -------------------------------------------------------------------------------------------------------
 def test_normalised_by_train_alone_and_missing_values_are_the_mean(tmp_path):
-    task = UEA("Mine", data_dir=problem(tmp_path, gaps=True), val=0.2, mask=True).prepare()
-    assert (task.d_input, task.d_output, task.facts["train"]["missing"]) == (4, 2, 1)
-    raw = [torch.from_numpy(x) for x, _, _ in TsFile(tmp_path / "Mine_TRAIN.ts")]
+    task = UEA("Mine", data_dir=problem(tmp_path, gaps=True), val=0.2).prepare()
+    assert (task.d_input, task.d_output, task.facts["train"]["missing"]) == (2, 2, 1)
+    raw = [torch.from_numpy(x) for x, _ in TsFile(tmp_path / "Mine_TRAIN.ts")]
     train = torch.cat([raw[i] for i in task.train.index])
     mean = torch.tensor([c[~c.isnan()].double().mean() for c in train.T]).float()
     std = torch.tensor([c[~c.isnan()].double().std(correction=0) for c in train.T]).float()
     for part in (task.train, task.val):
         for k, i in enumerate(part.index):
             x, y = part[k]
-            assert y == int(i) % 2 and torch.allclose(x[:, :2], ((raw[i] - mean) / std).nan_to_num(), atol=1e-5)
-            assert torch.equal(x[:, 2:], (~raw[i].isnan()).float())
-    (test, _, _), *_ = TsFile(tmp_path / "Mine_TEST.ts")
-    assert torch.allclose(task.test[0][0][:, :2], ((torch.from_numpy(test) - mean) / std).nan_to_num(), atol=1e-5)
+            assert y == int(i) % 2 and torch.allclose(x, ((raw[i] - mean) / std).nan_to_num(), atol=1e-5)
+    (test, _), *_ = TsFile(tmp_path / "Mine_TEST.ts")
+    assert torch.allclose(task.test[0][0], ((torch.from_numpy(test) - mean) / std).nan_to_num(), atol=1e-5)
     assert len(task.val) == 4 and task.majority("val")[1] == 0.5
     assert not set(task.train.index.tolist()) & set(task.val.index.tolist())
 
@@ -162,8 +174,8 @@ def test_what_is_nowhere_is_fetched_under_its_own_name(tmp_path, monkeypatch):
 def test_a_damaged_file_is_never_cached(tmp_path):
     problem(tmp_path)
     good = (tmp_path / "Mine_TEST.ts").read_text()
-    (tmp_path / "Mine_TEST.ts").write_text(good + "1,2:3:red\n")
-    with pytest.raises(ValueError, match="Mine_TEST.ts, line 28: the channels have different lengths"):
+    (tmp_path / "Mine_TEST.ts").write_text(good + "1,2:3,4,5:6:red\n")
+    with pytest.raises(ValueError, match="Mine_TEST.ts, line 28: 3 channels, 2 are expected"):
         UEA("Mine", data_dir=tmp_path).prepare()
     assert not list(tmp_path.glob("Mine-*")) and not list(tmp_path.glob(".*.tmp"))
     (tmp_path / "Mine_TEST.ts").write_text(good)
@@ -174,19 +186,40 @@ def test_two_files_that_do_not_belong_together(tmp_path):
     problem(tmp_path)
     problem(tmp_path, "Three", d=3)
     (tmp_path / "Three_TEST.ts").rename(tmp_path / "Mine_TEST.ts")
-    with pytest.raises(ValueError, match="differ in d: 2 and 3"): UEA("Mine", data_dir=tmp_path).prepare()
+    with pytest.raises(ValueError, match="TRAIN.ts has 2 channels, .*TEST.ts 3; are they of one problem"): UEA("Mine", data_dir=tmp_path).prepare()
     write_ts(tmp_path / "Mine_TEST.ts", "Mine", ["red", "green"], [(np.ones((4, 2), np.float32), "green")])
     with pytest.raises(ValueError, match="the class 'green' is none of train's red, blue"):
         UEA("Mine", data_dir=tmp_path).prepare()
 
 
-def test_times_of_a_file_become_a_channel(tmp_path):
-    for split in ("TRAIN", "TEST"):
-        late = "(1e9,1),(1000000001,2),(1000000004,3):(1e9,4),(1000000001,5),(1000000004,6):red"
-        ts(tmp_path / f"T_{split}.ts", [late, "(5,1),(6,2),(7,3):(5,4),(6,5),(7,6):blue"], timeStamps="true")
-    task = UEA("T", data_dir=tmp_path, val=0.5).prepare()
-    assert task.d_input == 3 and task.test[0][0][:, 0].tolist() == [0, 0.25, 1]
-    assert UEA("T", data_dir=tmp_path, times=False).prepare().d_input == 2
+def test_a_zip_with_one_of_the_two(tmp_path):
+    problem(tmp_path)
+    with zipfile.ZipFile(tmp_path / "Mine.zip", "w") as z: z.write(tmp_path / "Mine_TEST.ts", "Mine_TEST.ts")
+    for name in ("Mine_TRAIN.ts", "Mine_TEST.ts"): (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="has one of Mine_TRAIN.ts and Mine_TEST.ts; add the other"):
+        UEA("Mine", data_dir=tmp_path).prepare()
+
+
+def test_a_folder_one_only_reads(tmp_path, monkeypatch):
+    cache, data = tmp_path / "cache", tmp_path / "data"
+    monkeypatch.setattr(uea, "cache_base", lambda folder: cache)
+    data.mkdir()
+    problem(tmp_path)
+    with zipfile.ZipFile(data / "Mine.zip", "w") as z:
+        for name in ("Mine_TRAIN.ts", "Mine_TEST.ts"): z.write(tmp_path / name, name)
+    for name in ("Mine_TRAIN.ts", "Mine_TEST.ts"): (tmp_path / name).unlink()
+    assert uea.get_ts("Mine", data) == cache / "Mine" == find_ts("Mine", data)
+    assert [p.name for p in data.iterdir()] == ["Mine.zip"]
+
+
+def test_the_card_before_and_after(tmp_path):
+    card = UEA("character-trajectories", data_dir=tmp_path).card
+    assert "CC BY 4.0" in card.licence and card.size == "download: size unknown; prepared up to 6.2 MB"
+    card = UEA("Heartbeat", data_dir=tmp_path).card
+    assert "None" not in str(card) and card.size == "download: size unknown"
+    task = UEA("Mine", data_dir=problem(tmp_path, n=200)).prepare()
+    made = sum(p.stat().st_size for p in task.cache.glob("*.f32"))
+    assert f"prepared {made / 1e6:.1f} MB" in task.card.size and task.card.length == "8–19 steps"
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +251,7 @@ def test_rates_of_train_and_test(pen, train_rate, test_rate, told):
 
 def test_missing_steps(pen):
     task, full = UEA("pen-twin", missing=0.4, **pen), UEA("pen-twin", **pen)
-    assert task.d_input == 4 and UEA("pen-twin", missing=0.4, times=False, **pen).d_input == 3
+    assert task.d_input == 4 and "40 % of the steps left out" in task.card.variant
     seen = []
     for k in range(8):
         (x, _), (z, _) = task.test[k], full.test[k]
@@ -229,6 +262,14 @@ def test_missing_steps(pen):
     assert len(set(seen)) == 8
     batch = next(iter(task.loader("test", 8)))
     assert torch.equal(batch.lengths, task.test.lengths[:8])
+
+
+def test_workers_and_pickle_give_the_same(pen):
+    task = UEA("pen-twin", missing=0.4, **pen)
+    for a, b in zip(task.loader("train", 8, workers=2), task.loader("train", 8), strict=True):
+        assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+    again = pickle.loads(pickle.dumps(task.val))
+    assert torch.equal(again[3][0], task.val[3][0])
 
 
 def test_options_that_are_refused():
@@ -245,3 +286,11 @@ def test_the_split_keeps_the_proportions(share):
     assert sorted([*rest.tolist(), *part.tolist()]) == list(range(148))
     assert np.bincount(labels[part]).tolist() == [round(share * n) for n in (40, 100, 8)]
     assert torch.equal(part, stratified(labels, share, seed=3)[1])
+
+
+def test_the_split_leaves_each_class_on_both_sides_where_it_can():
+    labels = np.array([0, 0, 1, 2, 2, 2])
+    for share in (0.01, 0.99):
+        rest, part = stratified(labels, share, 0)
+        assert set(labels[rest]) == {0, 1, 2} and set(labels[part]) == {0, 2}
+    with pytest.raises(ValueError, match="every class has a single series"): stratified(np.arange(4), 0.5, 0)
