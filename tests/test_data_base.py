@@ -249,6 +249,13 @@ def test_a_cache_made_where_others_only_read_is_used(monkeypatch, tmp_path):
     assert sorted(shared.rglob("*")) == before
 
 
+def test_a_lock_where_nobody_writes(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="one cannot write to .* choose another folder"):
+        cached_folder(tmp_path / "file" / "x", "c", {}, lambda tmp: None)
+
+
 def test_fingerprint_changes_with_names_sizes_and_times(tmp_path):
     (tmp_path / "b").mkdir()
     paths = [tmp_path / "a.png", tmp_path / "b/c.png"]

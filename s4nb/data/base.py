@@ -110,12 +110,17 @@ def write_atomically(path, write):
                       "folder (DATA_PATH, data_dir), and run again") from e
     return path
 
-# %% ../../nbs/5_data/40_base.ipynb #b185467b
+# %% ../../nbs/5_data/40_base.ipynb #51c42bc8
 @contextmanager
 def locked(path):
     """Hold the lock file `path`: one process at a time. The system frees it when its holder dies, however it dies."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        f = open(path, "w")
+    except OSError as e:
+        raise OSError(e.errno, f"one cannot write to {Path(path).parent} ({e.strerror}): choose another folder "
+                               "(DATA_PATH, data_dir), and run again") from e
+    with f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -139,13 +144,14 @@ def fingerprint(paths, base):
     stats = ((Path(p).relative_to(base).as_posix(), Path(p).stat()) for p in paths)
     return settings_key(sorted([name, s.st_size, s.st_mtime_ns] for name, s in stats))
 
-# %% ../../nbs/5_data/40_base.ipynb #849da34b
+# %% ../../nbs/5_data/40_base.ipynb #e600da51
 LARGE = 1 << 26                                         # bytes from which an untouched file is not hashed again
 
 
 def cache_path(base, name, settings):
-    """The folder that `cached_folder` makes, which exists when it has been made."""
-    return Path(base) / f"{name}-{settings_key(settings)}"
+    """The folder that `cached_folder` finds in `base` or in `cache_base(base)`, or else makes in the latter."""
+    places = [Path(place) / f"{name}-{settings_key(settings)}" for place in (base, cache_base(base))]
+    return next((place for place in places if place.exists()), places[1])
 
 
 def cached_folder(base, name, settings, make, explain=None):
@@ -155,8 +161,7 @@ def cached_folder(base, name, settings, make, explain=None):
     `make` writes files and returns facts (a dict of plain values) that manifest.json keeps beside settings, sizes and
     checksums. A damaged or edited file → ValueError; `explain(path)` may add what is wrong inside it.
     """
-    places = [cache_path(place, name, settings) for place in (base, cache_base(base))]
-    folder = next((place for place in places if place.exists()), places[1])
+    folder = cache_path(base, name, settings)
     if not folder.exists():
         with locked(folder.with_name(f".{folder.name}.lock")):
             for left in folder.parent.glob(f".{folder.name}.*.tmp"):      # of killed processes: the lock is ours
@@ -340,7 +345,7 @@ class EpochOrder(Sampler):
             order = [i for batch in batches for i in batch] + short
         return iter(order)
 
-# %% ../../nbs/5_data/40_base.ipynb #76144c12
+# %% ../../nbs/5_data/40_base.ipynb #b2338683
 class DataModule:
     """A task: `card`, `prepare()`, datasets `train` `val` `test`, `loader(split, …)`. Subclasses define `load`.
 
@@ -370,14 +375,9 @@ class DataModule:
         if split not in loaded: loaded[split] = self.load(split)
         return loaded[split]
 
-    @property
-    def train(self): return self.dataset("train")
-
-    @property
-    def val(self): return self.dataset("val")
-
-    @property
-    def test(self): return self.dataset("test")
+    train = property(lambda self: self.dataset("train"))
+    val = property(lambda self: self.dataset("val"))
+    test = property(lambda self: self.dataset("test"))
 
     def collate(self, items, rate):
         """The Batch of some items at a rate."""

@@ -8,7 +8,7 @@ __all__ = ['OPERATORS', 'DIGITS', 'CLOSERS', 'P_OP', 'DEPTH', 'ARGS', 'CLOSE', '
            'grow_shapes', 'apply_batch', 'grow_values', 'write_out', 'grow_block', 'lra_text', 'flat_tokens',
            'generate', 'tsv', 'read_tsv', 'explain', 'save_tokens', 'make_files', 'ListOps']
 
-# %% ../../nbs/5_data/42_listops.ipynb #d1de552f
+# %% ../../nbs/5_data/42_listops.ipynb #7f13124e
 import os
 import random
 import re
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .base import (SPLITS, DataModule, Progress, TaskCard, TokenDataset, cache_base, cache_path, cached_folder,
+from .base import (SPLITS, DataModule, Progress, TaskCard, TokenDataset, cache_path, cached_folder,
                             data_root, dataset_dir, file_sha256, verify, vocabulary)
 
 # %% ../../nbs/5_data/42_listops.ipynb #a0af484f
@@ -303,7 +303,7 @@ def make_files(folder, sizes, seed, shortest, longest, workers, name):
                     bar(done := done + 1)
     return {"vocabulary": save_tokens(Path(folder) / "tokens.pt", splits)}
 
-# %% ../../nbs/5_data/42_listops.ipynb #d9ec6f5e
+# %% ../../nbs/5_data/42_listops.ipynb #a570ac8d
 VARIANTS = {"lra-listops": (501, 1999, 2048), "listops-mini": (64, 256, 257)}   # shortest, longest; l_max with <eos>
 SIZES = (96_000, 2_000, 2_000)
 PUBLISHED = {"Transformer (LRA)": 36.37, "Reformer (LRA)": 37.27, "S4-LegS (HTTYH)": 59.60,
@@ -344,14 +344,14 @@ class ListOps(DataModule):
         """Find LRA's files or generate; tokenise once; verify every checksum. -> self"""
         place = self.released()
         if place and not (place / "manifest.json").exists():
-            settings = {"what": "ListOps tokens 1", **{split: file_sha256(tsv(place, split)) for split in SPLITS}}
+            settings = {"what": "ListOps tokens 2", **{split: file_sha256(tsv(place, split)) for split in SPLITS}}
             rows = lambda: {split: read_tsv(tsv(place, split)) for split in SPLITS}
             make = lambda tmp: {"vocabulary": save_tokens(tmp / "tokens.pt", rows())}
-            self.cache, manifest = cached_folder(cache_base(place), "tokens", settings, make)
+            self.cache, manifest = cached_folder(place, "tokens", settings, make)
             self.made = f"the files found in {place}"
         else:
             if place: self.cache, manifest = place, verify(place, explain)          # data_dir names a folder of ours
-            else: self.cache, manifest = cached_folder(cache_base(self.folder), self.name, self.settings(), self.make, explain)
+            else: self.cache, manifest = cached_folder(self.folder, self.name, self.settings(), self.make, explain)
             name, seed = (manifest["settings"][k] for k in ("name", "seed"))
             if name != self.name:
                 raise ValueError(f"{self.cache} holds {name}, asked was {self.name}: choose another data_dir")
@@ -361,12 +361,12 @@ class ListOps(DataModule):
 
     def state(self):
         """Where `prepare` would take the expressions from."""
-        made, place = cache_path(cache_base(self.folder), self.name, self.settings()), self.released()
+        made, place = cache_path(self.folder, self.name, self.settings()), self.released()
         return f"read from {place}" if place else f"ready: {made}" if made.exists() else "generate: a minute at most"
 
     def settings(self):
         """Everything that shapes the generated files: the key of their cache."""
-        return {"what": "ListOps 1", "name": self.name, "seed": self.seed, "sizes": list(self.sizes),
+        return {"what": "ListOps 2", "name": self.name, "seed": self.seed, "sizes": list(self.sizes),
                 "tokens": [self.shortest, self.longest]}
 
     def make(self, folder):
