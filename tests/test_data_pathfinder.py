@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from s4nb.data import pathfinder
-from s4nb.data.pathfinder import (EMPTY, EXPECTED, LEVELS, Pathfinder, check_copy, decode_copy, find_copy, find_dots,
-                                  list_images, pixel_facts, read_metadata, splits_of, store_images, to_steps)
+from s4nb.data.pathfinder import (EMPTY, EXPECTED, LEVELS, Pathfinder, check_copy, decode_copy, find_copy, list_images,
+                                  pixel_facts, read_metadata, splits_of, store_images, to_steps)
 
 HARD, INNER = LEVELS["hard"], "lra_release/lra_release"
 
@@ -254,6 +254,21 @@ def test_a_folder_that_cannot_be_written(data, monkeypatch, tmp_path):
     assert tmp_path / "cache" in Pathfinder().prepare().cache.parents
 
 
+def test_a_cache_ready_made_in_a_folder_one_only_reads(data, monkeypatch, tmp_path):
+    made = Pathfinder(n=12, workers=1).prepare().cache
+    shutil.rmtree(data / "pathfinder/generated-12-seed0")
+    monkeypatch.setattr("s4nb.data.base.os.access", lambda path, mode: False)
+    again = Pathfinder(n=12)
+    assert again.state() == f"ready: {made}" and again.prepare().cache == made
+
+
+def test_home_in_data_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    release(tmp_path / "mine/pathfinder32" / HARD)
+    task = Pathfinder(data_dir="~/mine")
+    assert task.find() == tmp_path / "mine/pathfinder32" / HARD and tmp_path / "mine" in task.prepare().cache.parents
+
+
 # ---- splits and steps ------------------------------------------------------------------------------------------------
 def test_the_split_vectors():
     train, val, test = splits_of(200_000, "reference")
@@ -315,7 +330,7 @@ def test_cards(data):
 # ---- generated -------------------------------------------------------------------------------------------------------
 def test_generated(data):
     a = Pathfinder(n=24, workers=1)
-    assert a.state() == "generate: about 1 s" and a.prepare().place is None
+    assert a.state() == "generate: about 1 s" and a.prepare().place is None and a.state() == f"ready: {a.cache}"
     raw = data / "pathfinder/generated-24-seed0/pathfinder32" / HARD
     X, Y = (np.load(a.cache / f"{name}.npy") for name in ("images", "labels"))
     found = Pathfinder(data_dir=data / "pathfinder/generated-24-seed0").prepare()      # the same files, read as a copy
@@ -351,19 +366,3 @@ def test_check_copy():
     wrong = check_copy(good | {"pixel mean": 8.8, "label 1": 0.53}, 128)
     assert len(wrong) == 2 and "pixel mean 8.8, expected 7.9" in wrong[0] and "label 1 0.53" in wrong[1]
     assert pixel_facts(np.bincount([0, 0, 255, 128], minlength=256))["pixels > 127"] == 0.5
-
-
-@pytest.mark.parametrize("size,radius", [(32, 1.5), (64, 2.5), (128, 3), (256, 5)])
-def test_dots_are_found(size, radius):
-    rng, images, at = np.random.default_rng(0), [], []
-    y, x = np.mgrid[:size, :size]
-    for _ in range(20):
-        image = np.zeros((size, size))
-        for _ in range(4): image[rng.integers(size)] = 200              # lines cross the image
-        a, b = rng.integers(int(radius), size - int(radius), (2, 2))
-        while np.hypot(*(a - b)) < 3 * radius: b = rng.integers(int(radius), size - int(radius), 2)
-        for row, col in (a, b): image[(y - row)**2 + (x - col)**2 <= radius**2] = 255
-        images.append(image)
-        at.append(sorted([tuple(a), tuple(b)]))
-    found = find_dots(torch.tensor(np.array(images)).byte(), radius)
-    assert [sorted(map(tuple, dots)) for dots in found.tolist()] == at

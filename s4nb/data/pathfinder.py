@@ -6,9 +6,9 @@
 __all__ = ['LEVELS', 'EMPTY', 'CHUNK', 'EXPECTED', 'TOLERANCE', 'LENGTHS', 'SECONDS', 'NAMES', 'PUBLISHED', 'text_table',
            'read_metadata', 'metadata_files', 'list_images', 'source_key', 'read_image', 'write_at', 'store_images',
            'pixel_facts', 'decode_copy', 'splits_of', 'to_steps', 'copies', 'is_outer', 'find_copy', 'check_copy',
-           'find_dots', 'generate_copy', 'duration', 'Pathfinder']
+           'generate_copy', 'duration', 'Pathfinder']
 
-# %% ../../nbs/5_data/48_pathfinder.ipynb #ce28f129
+# %% ../../nbs/5_data/48_pathfinder.ipynb #d707c941
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from .base import (SPLITS, ArrayDataset, Batch, DataModule, Progress, TaskCard, cache_base, cached_folder,
-                            data_root, dataset_dir, map_rows, new_rows, pad_batch, random_slices, settings_key)
+from .base import (SPLITS, ArrayDataset, Batch, DataModule, Progress, TaskCard, cache_base, cache_path,
+                            cached_folder, dataset_dir, map_rows, new_rows, pad_batch, random_slices, settings_key)
 from .contours import PathfinderSettings, generate
 from .download import SOURCES, extract_lra
 from .image_files import decode_image
@@ -227,25 +226,9 @@ def check_copy(facts, size):
     return [f"{k} {facts[k]:.3g}, expected {mean:.3g} ± {limit:.2g}" for k, (mean, limit) in limits.items()
             if abs(facts[k] - mean) > limit]
 
-# %% ../../nbs/5_data/48_pathfinder.ipynb #96d968ac
-def find_dots(images, radius):
-    """Centres (n 2 2), rows and columns, of the two brightest discs of the given radius in images (n h w) uint8."""
-    r = int(radius)
-    off = torch.arange(-r, r + 1)
-    disc = (off[:, None]**2 + off**2 <= radius**2).float()
-    score = F.conv2d(images[:, None].float(), disc[None, None], padding=r)[:, 0]
-    h, w = score.shape[1:]
-    rows, cols, found = torch.arange(h)[:, None], torch.arange(w), []
-    for _ in range(2):
-        at = score.flatten(1).argmax(1)
-        found.append(torch.stack([at // w, at % w], 1))
-        y, x = found[-1][:, :, None, None].unbind(1)
-        score = score.masked_fill((rows - y)**2 + (cols - x)**2 <= (2 * radius)**2, -1)
-    return torch.stack(found, 1)
-
-# %% ../../nbs/5_data/48_pathfinder.ipynb #964fd6ff
+# %% ../../nbs/5_data/48_pathfinder.ipynb #6b399c05
 LENGTHS = {"easy": 6, "intermediate": 9, "hard": 14}            # dashes of a curve
-SECONDS = {32: 0.0015, 64: 0.03, 128: 0.15, 256: 1.5}           # about, to generate an image on one core
+SECONDS = {32: 0.002, 64: 0.04, 128: 0.05, 256: 0.04}           # about, to generate an image on one core
 
 
 def generate_copy(folder, raw, size, level, n, seed, workers=None):
@@ -260,7 +243,7 @@ def duration(seconds):
         if seconds >= k: return f"{seconds / k:.0f} {unit}"
     return f"{max(seconds, 1):.0f} s"
 
-# %% ../../nbs/5_data/48_pathfinder.ipynb #57492bc5
+# %% ../../nbs/5_data/48_pathfinder.ipynb #fe9f2326
 NAMES = {"lra-pathfinder": 32, "pathfinder64": 64, "lra-pathx": 128, "pathfinder256": 256}
 PUBLISHED = {"lra-pathfinder": {"Transformer (LRA)": 71.40, "Performer (LRA)": 77.05, "S4-LegS (HTTYH)": 94.20,
                                 "Mega (Mega)": 96.01},
@@ -284,9 +267,9 @@ class Pathfinder(DataModule):
         if pool < 1 or self.size % pool: raise ValueError(f"pool divides the side, {self.size} pixels; got {pool}")
         if center and tokenize: raise ValueError("tokens are 0…255 and have no centre: center or tokenize, not both")
         if n < 10: raise ValueError(f"n images are generated, at least 10 for three splits; got {n}")
-        self.side, self.pool, self.center, self.tokenize = self.size // pool, pool, bool(center), bool(tokenize)
-        self.data_dir, self.n, self.seed, self.workers, self.facts = data_dir, int(n), int(seed), workers, None
-        self.root, self.l_max = Path(data_dir).absolute() if data_dir else data_root(), self.side**2
+        self.pool, self.side, self.center, self.tokenize = int(pool), self.size // int(pool), bool(center), bool(tokenize)
+        self.n, self.seed, self.workers, self.facts, self.l_max = int(n), int(seed), workers, None, self.side**2
+        self.root, self.base = dataset_dir("", data_dir), dataset_dir("pathfinder", data_dir)   # of copies, of caches
         self.n_tokens, self.d_input = (256, None) if tokenize else (None, 1)
 
     def find(self):
@@ -295,29 +278,33 @@ class Pathfinder(DataModule):
         place = find_copy(self.root, self.size, self.level)
         return archive if place is None and self.level == "hard" and archive.exists() else place
 
+    def made(self):
+        """Name and settings, which are the key, of the cache of generated images."""
+        return f"pathfinder{self.size}-{self.level}", {"what": "pathfinder generated 1", "size": self.size,
+                                                       "level": self.level, "n": self.n, "seed": self.seed}
+
     def state(self):
         """Where `prepare` takes the images from."""
         try:
-            place = self.find()
+            if place := self.find(): return f"read from {place}"
         except ValueError as e:
             return f"missing: {e}"
-        seconds = self.n * SECONDS[self.size] / (self.workers or os.cpu_count() or 1)
-        return f"read from {place}" if place else f"generate: about {duration(seconds)}"
+        for base in (self.base, cache_base(self.base)):
+            if (made := cache_path(base, *self.made())).exists(): return f"ready: {made}"
+        return f"generate: about {duration(self.n * SECONDS[self.size] / (self.workers or os.cpu_count() or 1))}"
 
     def prepare(self):
         """Find, unpack or generate the images; decode them once, into a file that is mapped; verify it. -> self"""
-        place, part = self.find(), f"pathfinder{self.size}"
+        place, part, (name, settings) = self.find(), f"pathfinder{self.size}", self.made()
         if place and place.is_file(): place = extract_lra(place, self.root, [part])[part] / LEVELS[self.level]
-        base, settings = cache_base(dataset_dir("pathfinder", self.data_dir)), {"size": self.size, "level": self.level}
         if place:
-            settings |= {"what": "pathfinder 1", "source": source_key(place)}
+            settings = {"what": "pathfinder 1", "size": self.size, "level": self.level, "source": source_key(place)}
             make = partial(decode_copy, place=place, size=self.size, workers=self.workers)
         else:
-            settings |= {"n": self.n, "seed": self.seed}
-            raw = base / f"generated-{self.n}-seed{self.seed}" / part
-            make = partial(generate_copy, raw=raw, workers=self.workers, **settings)
-            settings["what"] = "pathfinder generated 1"
-        self.cache, manifest = cached_folder(base, f"{part}-{self.level}", settings, make)
+            raw = cache_base(self.base) / f"generated-{self.n}-seed{self.seed}" / part
+            make = partial(generate_copy, raw=raw, size=self.size, level=self.level, n=self.n, seed=self.seed,
+                           workers=self.workers)
+        self.cache, manifest = cached_folder(self.base, name, settings, make)
         self.place, self.facts = place, manifest["facts"]
         return self
 
