@@ -24,7 +24,7 @@ from .synthetic import Adding, Copying, Delay, Reconstruct
 from .text import Text
 from .uea import UEA
 
-# %% ../../nbs/5_data/54_tasks.ipynb #2b171505
+# %% ../../nbs/5_data/54_tasks.ipynb #527985b2
 TASKS = {
     "lra-listops": partial(ListOps, "lra-listops"),
     "listops-mini": partial(ListOps, "listops-mini"),
@@ -42,10 +42,10 @@ TASKS = {
     "spoken-digits": SpokenDigits,
     "spoken-digits-mfcc": partial(SpokenDigits, features="mfcc"),
     "adding": Adding, "copying": Copying, "delay": Delay, "reconstruct": Reconstruct,
-    "character-trajectories": partial(UEA, "character-trajectories"),
+    **{name: partial(UEA, name) for name in ("character-trajectories", "pen-twin")},
 }
 
-
+# %% ../../nbs/5_data/54_tasks.ipynb #8b5784e5
 def task(name, **options):
     """The DataModule of a task by its name; options go to its class. An unknown name or option → ValueError."""
     if name not in TASKS:
@@ -69,7 +69,7 @@ def as_text(rows, head=("task", "where it comes from", "size", "licence")):
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     return "\n".join("  ".join(str(cell).ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [head, *rows])
 
-# %% ../../nbs/5_data/54_tasks.ipynb #ea68694e
+# %% ../../nbs/5_data/54_tasks.ipynb #a38627c8
 class OwnDataset(Dataset):
     """The examples `index` (all, if None) of your Dataset as (x (l) int64 or (l d) float32, y): length cuts the padding off."""
 
@@ -112,7 +112,7 @@ class OwnDataset(Dataset):
         if y.is_floating_point() and not torch.isfinite(y).all(): refuse("y is not finite; repair or drop it")
         return x, y.float().reshape(-1) if y.is_floating_point() else y.long()
 
-
+# %% ../../nbs/5_data/54_tasks.ipynb #6cf0b2bc
 class OwnData(DataModule):
     """Your Datasets of (x, y) or (x, y, length) as a task: x (l) tokens or (l d) signal, y a class or real number(s).
 
