@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'REBUILD', 'ALLOWED', 'CIFAR_CLASSES', 'CIFAR_FOLDER', 'CIFAR_ROWS', 'CIFAR_BATCHES', 'IDX_FILES',
-           'decode_image', 'luma', 'ImageSource', 'store', 'check_labels', 'members', 'place_of', 'list_images',
-           'image_folder', 'folder_pieces', 'ArrayUnpickler', 'load_batch', 'cifar_batches', 'cifar_pieces', 'open_idx',
-           'idx_blocks', 'idx_files', 'idx_images', 'idx_pieces', 'digit_table', 'source_files', 'source_digest']
+           'decode_image', 'luma', 'ImageSource', 'store', 'check_labels', 'files_below', 'members', 'place_of',
+           'list_images', 'image_folder', 'folder_pieces', 'ArrayUnpickler', 'load_batch', 'cifar_batches',
+           'cifar_pieces', 'open_idx', 'idx_blocks', 'idx_files', 'idx_images', 'idx_pieces', 'digit_table',
+           'source_files', 'source_digest']
 
 # %% ../../nbs/5_data/45_image_files.ipynb #96ec40a5
 import gzip
@@ -87,7 +88,14 @@ def check_labels(labels, classes, path):
     raise ValueError(f"{path}, row {wrong[0]}: label {labels[wrong[0]]}, allowed are 0…{len(classes) - 1}; "
                      "get the file again")
 
-# %% ../../nbs/5_data/45_image_files.ipynb #51cf3979
+# %% ../../nbs/5_data/45_image_files.ipynb #7a3fd860
+def files_below(place):
+    """Paths of all files below a folder, through links to folders too; a folder that cannot be read → OSError."""
+    def refuse(error): raise error
+    for folder, _, names in os.walk(place, onerror=refuse, followlinks=True):
+        yield from (Path(folder) / name for name in names)
+
+
 def members(place, wanted):
     """(name, read) of the files whose `wanted(name)` is true, in a folder (sorted) or an archive (in its own order).
 
@@ -98,8 +106,7 @@ def members(place, wanted):
         for path, content in archive_files(place, lambda name: bool(wanted(name))):
             yield path.as_posix(), content.read
         return
-    paths = (Path(folder) / name for folder, _, names in os.walk(place) for name in names)
-    names = sorted(name for name in (path.relative_to(place).as_posix() for path in paths) if wanted(name))
+    names = sorted(name for name in (p.relative_to(place).as_posix() for p in files_below(place)) if wanted(name))
     with Progress(len(names), f"reading {place}") as bar:
         for i, name in enumerate(names):
             yield name, (place / name).read_bytes
@@ -194,7 +201,7 @@ def load_batch(data, path, rows, classes):
                          "again")
     return x.reshape(rows, 3, 32, 32).transpose(0, 2, 3, 1), check_labels(y, classes, path)
 
-# %% ../../nbs/5_data/45_image_files.ipynb #934850e9
+# %% ../../nbs/5_data/45_image_files.ipynb #2a8b83fa
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_FOLDER, CIFAR_ROWS = "cifar-10-batches-py", 10_000
 CIFAR_BATCHES = {f"data_batch_{i + 1}": ("train", i) for i in range(5)} | {"test_batch": ("test", 0)}
@@ -214,8 +221,8 @@ def cifar_batches(place, rows=CIFAR_ROWS):
 
 def cifar_pieces(place, rows):
     """The pieces of cifar_batches, a batch each."""
-    missing = set(CIFAR_BATCHES)
-    for name, read in members(place, lambda name: Path(name).name in missing):
+    missing, plain = set(CIFAR_BATCHES), place.is_dir()             # of a folder those directly in it
+    for name, read in members(place, lambda name: (name if plain else Path(name).name) in missing):
         split, i = CIFAR_BATCHES[Path(name).name]
         yield split, slice(i * rows, (i + 1) * rows), *load_batch(read(), f"{name} in {place}", rows, CIFAR_CLASSES)
         missing.remove(Path(name).name)
@@ -289,13 +296,12 @@ def digit_table(path, classes, what):
     pieces = partial(iter, [("all", slice(None), images, labels)])
     return ImageSource(what, tuple(classes), {"all": len(table)}, (8, 8), pieces)
 
-# %% ../../nbs/5_data/45_image_files.ipynb #c8b0ade4
+# %% ../../nbs/5_data/45_image_files.ipynb #eb08108d
 def source_files(place):
     """The files a reader reads: the archive itself; of a folder its images, batches and idx files, sorted."""
     place = Path(place)
     if not place.is_dir(): return [place]
-    paths = (Path(folder) / name for folder, _, names in os.walk(place) for name in names if not name.startswith("."))
-    known = {*CIFAR_BATCHES, *IDX_FILES}
+    known, paths = {*CIFAR_BATCHES, *IDX_FILES}, (p for p in files_below(place) if not p.name.startswith("."))
     return sorted(p for p in paths if p.suffix.lower() in SUFFIXES or p.name.removesuffix(".gz") in known)
 
 

@@ -25,11 +25,10 @@ from .download import FASHION, MNIST, SOURCES, fetch
 from .image_files import (CIFAR_BATCHES, CIFAR_CLASSES, cifar_batches, digit_table, idx_files, idx_images,
                                    image_folder, source_digest, store)
 
-# %% ../../nbs/5_data/46_images.ipynb #cc9cff78
+# %% ../../nbs/5_data/46_images.ipynb #899b24d7
 def bit_reversal(n):
     """0…n−1 in the order of their bits read backwards: reversed numbers of 2^k ≥ n, those below n kept. -> (n) int64"""
-    k = max(n - 1, 1).bit_length()
-    i = torch.arange(2 ** k)
+    i = torch.arange(2 ** (k := max(n - 1, 1).bit_length()))
     reversed_ = sum((i >> j & 1) << (k - 1 - j) for j in range(k))
     return reversed_[reversed_ < n]
 
@@ -71,12 +70,12 @@ def pixel_order(name, h, w):
     if h != w or h & h - 1: raise ValueError(f"Hilbert's curve needs a square of 2^k pixels; the images have {h} x {w}")
     return hilbert(h)
 
-# %% ../../nbs/5_data/46_images.ipynb #656189ea
+# %% ../../nbs/5_data/46_images.ipynb #dc2f922d
 @cache
 def mirrored(n, pad):
     """Indices 0…n−1 continued by `pad` at either end as in a mirror that repeats the border: 1 0 | 0 1 2 | 2 1."""
-    i = torch.arange(-pad, n + pad)
-    return torch.where(i < 0, -1 - i, torch.where(i >= n, 2 * n - 1 - i, i))
+    i = torch.arange(-pad, n + pad) % (2 * n)
+    return torch.minimum(i, 2 * n - 1 - i)
 
 
 def crop_and_flip(x, pad=4):
@@ -85,15 +84,15 @@ def crop_and_flip(x, pad=4):
     rows, columns = mirrored(h, pad)[down:down + h], mirrored(w, pad)[right:right + w]
     return x[rows][:, columns.flip(0) if torch.rand(()) < 0.5 else columns]
 
-# %% ../../nbs/5_data/46_images.ipynb #948deb89
+# %% ../../nbs/5_data/46_images.ipynb #182cc432
 @dataclass(frozen=True)
 class Pixels:
     """From an image uint8 (h w) or (h w c) to what a model reads: (l c) or (h w c) float, or (l) int64 tokens.
 
-    order (l): the pixels in order, None: the image stays an image. both: the channels of the row-by-row order before
-    those of `order`. Float values are (x/top − mean)/std.
+    order (l): the pixels in order, slice(None): row by row, None: the image stays an image. both: the channels of the
+    row-by-row order before those of `order`. Float values are (x/top − mean)/std.
     """
-    order: torch.Tensor
+    order: torch.Tensor | slice | None
     top: int = 255
     mean: torch.Tensor = torch.zeros(1)
     std: torch.Tensor = torch.ones(1)
@@ -106,7 +105,7 @@ class Pixels:
         if self.tokens: return x.flatten()[self.order].long()
         x = x.reshape(*x.shape[:2], -1)
         if self.order is not None and not self.both: x = x.flatten(0, 1)[self.order]
-        x = (x.float() / self.top - self.mean) / self.std
+        x = x.float().div_(self.top).sub_(self.mean).div_(self.std)
         return torch.cat([x.flatten(0, 1), x.flatten(0, 1)[self.order]], -1) if self.both else x
 
 # %% ../../nbs/5_data/46_images.ipynb #a62aa9a4
@@ -152,7 +151,7 @@ COLLECTIONS = {
                          "missing: install scikit-learn", top=16),
 }
 
-# %% ../../nbs/5_data/46_images.ipynb #0462d298
+# %% ../../nbs/5_data/46_images.ipynb #c60fa601
 @dataclass(frozen=True)
 class Found:
     """Images that lie somewhere: what they are, where, and `read()` -> ImageSource."""
@@ -169,38 +168,35 @@ def first(places, names, there):
 def find_cifar(places, mode):
     """CIFAR-10 as Found: official batches, else their archive, else a copy as image files, named so; or None."""
     archive = lambda name: first(places, [".", name], lambda p: p.is_file() and p.name == name)
-    batches = first(places, [".", "cifar-10-batches-py"], lambda p: any((p / b).exists() for b in CIFAR_BATCHES))
-    batches = batches or archive("cifar-10-python.tar.gz")
-    if batches: return Found("CIFAR-10", batches, partial(cifar_batches, batches))
+    there = first(places, [".", "cifar-10-batches-py"], lambda p: any((p / b).exists() for b in CIFAR_BATCHES))
+    there = there or archive("cifar-10-python.tar.gz")
+    if there: return Found("CIFAR-10", there, partial(cifar_batches, there))
     copy = first(places, [".", "cifar10-jpeg", "CIFAR-10-images"], lambda p: (p / "train/airplane").is_dir())
-    copy = copy or archive("cifar10-jpeg.tar.xz")
-    if not copy: return None
+    if not (copy := copy or archive("cifar10-jpeg.tar.xz")): return None
     what = f"CIFAR-10 ({'PNG' if next(copy.glob('train/airplane/*.png'), None) else 'JPEG'} copy)"
     return Found(what, copy, partial(image_folder, copy, mode, None, what))
 
 
 def find_idx(places, collection):
-    """The four idx files of MNIST or Fashion-MNIST as Found, or None."""
-    folder = first(places, [".", "raw", "MNIST/raw", "FashionMNIST/raw"], idx_files)
+    """The four idx files of MNIST or Fashion-MNIST as Found, or None: some are missing, after a broken download say."""
+    folder = first(places, [".", "raw", "MNIST/raw", "FashionMNIST/raw"], lambda p: len(idx_files(p)) == 4)
     return folder and Found(collection.what, folder, partial(idx_images, folder, collection.classes, collection.what))
 
 
-def find_digits():
+def find_digits(what):
     """The digits that scikit-learn brings along as Found; None where it is not installed."""
     spec = find_spec("sklearn")
     path = spec and Path(spec.origin).parent / "datasets/data/digits.csv.gz"
-    if not path or not path.exists(): return None
-    what = COLLECTIONS["digits"].what
-    return Found(what, path, partial(digit_table, path, TEN, what))
+    return Found(what, path, partial(digit_table, path, TEN, what)) if path and path.exists() else None
 
 
 def find_images(name, data_dir, mode, size):
     """The images of a collection (or of the folder or archive `data_dir`, name None) as Found, or None: nowhere."""
-    if name == "digits": return find_digits()
+    if name == "digits": return find_digits(COLLECTIONS[name].what)
     if name is None:
-        path = Path(data_dir).absolute()
-        read = partial(image_folder, path, mode, size)
-        return Found(f"own images, {path.name}", path, read) if path.exists() else None
+        path = dataset_dir("images", data_dir)
+        if path.exists(): return Found(f"own images, {path.name}", path, partial(image_folder, path, mode, size))
+        return None
     places = [dataset_dir(name, data_dir), cache_base(dataset_dir(name, data_dir))]
     if name == "cifar": return find_cifar(places + [data_root()] * (not data_dir), mode)
     debian = [Path("/usr/share/datasets/fashion-mnist")] * (name == "fashion-mnist" and not data_dir)
@@ -212,8 +208,11 @@ def download_images(name, data_dir, mode):
     files = {"cifar": [SOURCES["cifar10"]], "mnist": MNIST.values(), "fashion-mnist": FASHION.values()}.get(name)
     if not files:
         raise ValueError(COLLECTIONS[name].missing if name else f"{data_dir} does not exist; it should be a folder or "
-                         "an archive of images, CLASS/FILE or train/CLASS/FILE and test/CLASS/FILE")
-    for file in files: fetch(file, cache_base(dataset_dir(name, data_dir)))
+                         "an archive of images, CLASS/FILE or {train,test}/CLASS/FILE")
+    folder = dataset_dir(name, data_dir)
+    if folder.is_file():
+        raise ValueError(f"{folder} is no known form of {name}; name a folder with {[f.name for f in files]}")
+    for file in files: fetch(file, cache_base(folder))
     return find_images(name, data_dir, mode, None)
 
 # %% ../../nbs/5_data/46_images.ipynb #f10adf2d
@@ -252,7 +251,7 @@ IMAGE_TASKS = {
     "fashion-mnist": ImageTask("fashion-mnist"), "pfashion-mnist": ImageTask("fashion-mnist", order="br"),
     "digits": ImageTask("digits"), "images": ImageTask(None, False)}
 
-# %% ../../nbs/5_data/46_images.ipynb #9b12e3e5
+# %% ../../nbs/5_data/46_images.ipynb #7463f9ff
 def channels_text(task):
     """What a step of an Images task holds, for its card."""
     if task.tokenize: return f"{task.n_tokens} tokens, the grey values"
@@ -273,9 +272,10 @@ def image_card(task, found):
     stored = {s: rows_of(s, task.count) for s in known}
     splits = {s: task.count[name] if rows is None else len(rows) for s, (name, rows) in stored.items()}
     (h, w, c), made = task.shape or (0, 0, 0), f"{kind.missing}; " if kind and not found else ""
+    order = ORDERS[task.permute] if task.sequence else "as images"
     return TaskCard(
         name=task.name, what="the class of an image that is read pixel by pixel",
-        variant=variant, splits=splits, length=f"{h * w:,} steps: {h} x {w} pixels {ORDERS[task.permute]}" if c else "",
+        variant=variant, splits=splits, length=f"{h * w:,} steps: {h} x {w} pixels {order}" if c else "",
         vocabulary=channels_text(task) if c else "",
         metric=f"accuracy, {task.d_output} classes: {', '.join(task.classes[:20])}" if c else "accuracy",
         licence=kind.licence if kind else "your own", source=kind.source if kind else "your own",
@@ -283,9 +283,11 @@ def image_card(task, found):
         baseline={f"majority class, {s}": f"{100 * task.majority(s)[1]:.1f} %" for s in splits} if ready else {},
         published=task.task.published if official and task.permute == task.task.order else {})
 
-# %% ../../nbs/5_data/46_images.ipynb #610e0bcf
-def check_options(name, permute, tokenize, sequence, resample, grey):
+# %% ../../nbs/5_data/46_images.ipynb #bcecfbe7
+def check_options(name, permute, tokenize, sequence, resample, grey, size):
     """Combinations that make no sense → ValueError."""
+    whole = size and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    if size and not whole: raise ValueError(f"size {size}: give two whole numbers ≥ 1, (h, w)")
     if not sequence and (permute or tokenize):
         raise ValueError(f"sequence=False keeps images as they are, without permute={permute!r}, tokenize={tokenize}")
     if tokenize and not grey: raise ValueError(f"tokenize=True makes tokens of grey values; {name} is in colour")
@@ -294,7 +296,7 @@ def check_options(name, permute, tokenize, sequence, resample, grey):
     if not sequence: allowed = ("pixels", "resize")
     if resample not in allowed: raise ValueError(f"resample={resample!r}: here one of {', '.join(allowed)}")
 
-# %% ../../nbs/5_data/46_images.ipynb #936af4c7
+# %% ../../nbs/5_data/46_images.ipynb #ccefe1d4
 class Images(DataModule):
     """Images as sequences of pixels: a task of IMAGE_TASKS, or "images", a folder or archive `data_dir` of your own.
 
@@ -307,17 +309,17 @@ class Images(DataModule):
     def __init__(self, name="lra-cifar", data_dir=None, permute=None, tokenize=False, augment=False, sequence=True,
                  resample=None, mean=None, std=None, grey=False, size=None):
         if name not in IMAGE_TASKS: raise ValueError(f"image task {name!r} is unknown: one of {', '.join(IMAGE_TASKS)}")
-        self.name, self.data_dir, self.task, self.size = name, data_dir, IMAGE_TASKS[name], size and tuple(size)
+        self.name, self.data_dir, self.task = name, data_dir, IMAGE_TASKS[name]
         self.known = COLLECTIONS.get(self.task.collection)
         if not self.known and not data_dir: raise ValueError('"images" are yours: data_dir names the folder or archive')
         if self.known and (grey or size): raise ValueError(f'grey and size are for own "images", not {name}')
         self.grey, self.permute = grey or self.task.grey, permute or self.task.order
-        self.mode = "L" if self.grey else "RGB"
+        self.mode, self.size = "L" if self.grey else "RGB", size and tuple(np.atleast_1d(size).tolist())
         self.tokenize, self.augment, self.sequence = tokenize, augment, sequence
         self.resample = resample or ("steps" if sequence else "pixels")
         self.mean, self.std = (default if own is None else tuple(np.atleast_1d(own).tolist())
                                for own, default in ((mean, self.task.mean), (std, self.task.std)))
-        check_options(name, self.permute, tokenize, sequence, self.resample, self.grey)
+        check_options(name, self.permute, tokenize, sequence, self.resample, self.grey, self.size)
         self.cache, self.found, self.shape, self.classes, self.count, self.top = None, None, None, (), {}, 255
         if self.known: self.fix(self.known.shape, self.known.classes, self.known.count, self.known.top)
 
@@ -329,8 +331,7 @@ class Images(DataModule):
             raise ValueError(f"mean {self.mean}, std {self.std}: give a tuple of one number, or of {channels}")
         self.shape, self.classes, self.count, self.top = (h, w, channels), tuple(classes), count, top
         self.order = pixel_order(self.permute, h, w) if self.sequence else None
-        self.d_output, self.l_max = len(classes), h * w
-        self.n_tokens = top + 1 if self.tokenize else None
+        self.d_output, self.l_max, self.n_tokens = len(classes), h * w, top + 1 if self.tokenize else None
         self.d_input = None if self.tokenize else channels * (1 + (self.permute == "transpose"))
 
     def find(self):
@@ -345,7 +346,8 @@ class Images(DataModule):
     def home(self):
         """The folder and the name of the prepared files."""
         name = self.task.collection or "images"
-        return cache_base(dataset_dir(name, self.data_dir if self.known else None)), name + "-grey" * self.grey
+        folder = dataset_dir(name, self.data_dir if self.known else None)
+        return folder.parent if folder.is_file() else folder, name + "-grey" * self.grey
 
     def make(self, found, folder):
         """Fill a new cache folder with the rows of the images, if there are as many of each kind as there must be."""
@@ -357,9 +359,9 @@ class Images(DataModule):
 
     def prepare(self):
         """Find or download the images, read them once into rows on the disk, verify those. -> self"""
-        if self.cache: return self
         found = self.find() or download_images(self.task.collection, self.data_dir, self.mode)
         self.cache, manifest = cached_folder(*self.home(), self.settings(found), partial(self.make, found))
+        self.__dict__.get("loaded", {}).clear()                 # of an earlier `prepare`: the files may have changed
         self.found = found
         self.fix(*(manifest["facts"][key] for key in ("shape", "classes", "count")), self.top)
         return self
@@ -368,14 +370,16 @@ class Images(DataModule):
         """Where the images come from, in one line."""
         found = self.find()
         if not found: return self.known.missing if self.known else f"missing: put images into {self.data_dir}/CLASS"
-        made = cache_path(*self.home(), self.settings(found))
-        return f"ready: {made}" if made.exists() else f"read from {found.path}"
+        (base, name), settings = self.home(), self.settings(found)
+        made = [p for p in (cache_path(b, name, settings) for b in (base, cache_base(base))) if p.exists()]
+        return f"ready: {made[0]}" if made else f"read from {found.path}"
 
     def load(self, split):
         """A split as rows in the file, each turned into steps when asked for."""
-        self.prepare()
+        if self.cache is None: self.prepare()
         stored, rows = rows_of(split, self.count)
-        form = Pixels(self.order, self.top, torch.tensor(self.mean), torch.tensor(self.std), self.tokenize,
+        order = slice(None) if self.sequence and self.permute is None else self.order
+        form = Pixels(order, self.top, torch.tensor(self.mean), torch.tensor(self.std), self.tokenize,
                       self.permute == "transpose", self.augment and split == "train")
         x, labels = (self.cache / f"{stored}_{kind}.npy" for kind in ("images", "labels"))
         return ArrayDataset(map_rows(x), np.load(labels), rows, form)
@@ -383,8 +387,8 @@ class Images(DataModule):
     def collate(self, items, rate):
         """Batch of some items; rate: see `resample`."""
         if rate == 1 or self.resample == "steps": return pad_batch(items, rate)
-        (h, w, _), batch = self.shape, pad_batch(items)
-        x = batch.x[:, self.order.argsort()].unflatten(1, (h, w)) if self.sequence else batch.x
+        batch = pad_batch(items)
+        x = batch.x[:, self.order.argsort()].unflatten(1, self.shape[:2]) if self.sequence else batch.x
         x = coarser(x, rate, self.resample)
         if not self.sequence: return batch._replace(x=x, rate=float(rate))
         order = pixel_order(self.permute, *x.shape[1:3])
