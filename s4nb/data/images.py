@@ -251,7 +251,7 @@ IMAGE_TASKS = {
     "fashion-mnist": ImageTask("fashion-mnist"), "pfashion-mnist": ImageTask("fashion-mnist", order="br"),
     "digits": ImageTask("digits"), "images": ImageTask(None, False)}
 
-# %% ../../nbs/5_data/46_images.ipynb #7463f9ff
+# %% ../../nbs/5_data/46_images.ipynb #bd493acc
 def channels_text(task):
     """What a step of an Images task holds, for its card."""
     if task.tokenize: return f"{task.n_tokens} tokens, the grey values"
@@ -279,7 +279,7 @@ def image_card(task, found):
         vocabulary=channels_text(task) if c else "",
         metric=f"accuracy, {task.d_output} classes: {', '.join(task.classes[:20])}" if c else "accuracy",
         licence=kind.licence if kind else "your own", source=kind.source if kind else "your own",
-        size=made + f"prepared {sum(task.count.values()) * h * w * c / 1e6:,.1f} MB",
+        size=made + f"prepared {sum(task.count.values()) * h * w * c / 1e6:,.1f} MB" * bool(c),
         baseline={f"majority class, {s}": f"{100 * task.majority(s)[1]:.1f} %" for s in splits} if ready else {},
         published=task.task.published if official and task.permute == task.task.order else {})
 
@@ -296,7 +296,7 @@ def check_options(name, permute, tokenize, sequence, resample, grey, size):
     if not sequence: allowed = ("pixels", "resize")
     if resample not in allowed: raise ValueError(f"resample={resample!r}: here one of {', '.join(allowed)}")
 
-# %% ../../nbs/5_data/46_images.ipynb #ccefe1d4
+# %% ../../nbs/5_data/46_images.ipynb #3d9af5e7
 class Images(DataModule):
     """Images as sequences of pixels: a task of IMAGE_TASKS, or "images", a folder or archive `data_dir` of your own.
 
@@ -325,8 +325,7 @@ class Images(DataModule):
 
     def fix(self, shape, classes, count, top=255):
         """Take on what is known of the images before, or else after, they were read: all that a model is built with."""
-        h, w = shape[:2]
-        channels = 1 if self.grey or len(shape) == 2 else 3
+        (h, w), channels = shape[:2], 1 if self.grey or len(shape) == 2 else 3
         if not {len(self.mean), len(self.std)} <= {1, channels}:
             raise ValueError(f"mean {self.mean}, std {self.std}: give a tuple of one number, or of {channels}")
         self.shape, self.classes, self.count, self.top = (h, w, channels), tuple(classes), count, top
@@ -391,8 +390,7 @@ class Images(DataModule):
         x = batch.x[:, self.order.argsort()].unflatten(1, self.shape[:2]) if self.sequence else batch.x
         x = coarser(x, rate, self.resample)
         if not self.sequence: return batch._replace(x=x, rate=float(rate))
-        order = pixel_order(self.permute, *x.shape[1:3])
-        return batch._replace(x=x.flatten(1, 2)[:, order], rate=float(rate) ** 2)
+        return batch._replace(x=x.flatten(1, 2)[:, pixel_order(self.permute, *x.shape[1:3])], rate=float(rate) ** 2)
 
     @property
     def card(self):
