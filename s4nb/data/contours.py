@@ -283,7 +283,7 @@ def grow_distractors(geometry, occupied, keys):
         at[i, d], kind[i, d], occupied[i] = growth.at[done], growth.kind[done], growth.occupied[done]
     return placed, at, kind
 
-# %% ../../nbs/5_data/47_contours.ipynb #3d6a09d3
+# %% ../../nbs/5_data/47_contours.ipynb #f1b51660
 def draw_lines(geometry, at, kind, where):
     """Paddles at, kind (n p), those with where (n p), in images (n size size) float, 0…1."""
     g, n = geometry, len(at)
@@ -296,9 +296,9 @@ def draw_lines(geometry, at, kind, where):
 
 def draw_dot(settings, y, x):
     """A dot at (y, x) in an image (size size), 0…1."""
-    s, a = settings, settings.antialias
-    Y, X = np.ogrid[-y * a:(s.size - y) * a, -x * a:(s.size - x) * a]
-    return shrink(np.where(Y * Y + X * X <= (s.marker_radius * a) ** 2, np.uint8(255), np.uint8(0)), s.size) / 255
+    n, a = settings.size, settings.antialias
+    Y, X = np.ogrid[-y * a:(n - y) * a, -x * a:(n - x) * a]
+    return shrink((Y * Y + X * X <= (settings.marker_radius * a) ** 2) * np.uint8(255), n) / 255
 
 def ends(geometry, at, kind):
     """Tails and heads (…, 2, 2) of paddles at, kind (…): (y, x) in pixels of the window."""
@@ -310,8 +310,7 @@ def finish(geometry, keys, first, at, kind, labels, dotted):
     """Pairs of paths (n, 2·contour_length) become images (n size size) uint8: distractors, lines, dots; and infos."""
     g, s, n = geometry, geometry.settings, len(keys)
     growth, rows, infos = Growth(g, n, 1, 1), np.arange(n), []
-    for t in range(at.shape[1]):
-        if t != at.shape[1] - 2: growth.paste(rows, at[:, t], kind[:, t])           # without the first path's last
+    for t in {*range(at.shape[1])} - {at.shape[1] - 2}: growth.paste(rows, at[:, t], kind[:, t])    # all but A's last
     placed, *short = grow_distractors(g, growth.occupied, keys)
     lines = draw_lines(g, *(x.reshape(n, -1) for x in short), placed.repeat(s.distractor_length, 1))
     images = np.maximum(lines, draw_lines(g, at, kind, at > 0) * s.paddle_contrast) * s.snake_contrast
