@@ -63,6 +63,17 @@ def test_bad_files_name_themselves_and_the_fix(tmp_path, case):
     assert any(fix in str(e.value) for fix in ("restore or delete it", "sox", "cut it"))
 
 
+def test_nan_is_refused(tmp_path):
+    wav(tmp_path / "a.wav", np.array([0.1, math.nan, 0.2]), subtype="FLOAT")
+    with pytest.raises(ValueError, match="a.wav: 1 samples are NaN; restore"): read_wav(tmp_path / "a.wav", 16_000)
+
+
+def test_the_other_byte_order_is_read_as_strictly(tmp_path):
+    data = wav(tmp_path / "a.wav", endian="BIG").read_bytes()
+    assert data[:4] == b"RIFX" and np.array_equal(decode_wav(data, "x", 16_000).numpy(), WAVE)
+    with pytest.raises(ValueError, match="cut short, 1,000 bytes"): decode_wav(data[:-1000], "x", 16_000)
+
+
 def test_text_is_no_wav():
     page = b"<html>not found</html>" * 9
     with pytest.raises(ValueError, match="page.wav: not a readable wav"): decode_wav(page, "page.wav", 16_000)
@@ -162,6 +173,7 @@ def test_resampling_keeps_a_slow_sine():
     expected = torch.sin(2 * math.pi * 200 * torch.arange(12_800, dtype=torch.float64) / 12_800)[300:-300]
     assert (y - expected).abs().max() < 5e-3
     with pytest.raises(ValueError, match="above 0"): resample(x, -1)
+    for rate in (22_050 / 16_000, 44_100 / 16_000): assert resample(x, rate).shape[1] == math.ceil(16_000 / rate)
 
 
 def test_band_limit_removes_what_thinning_folds_back():

@@ -245,6 +245,7 @@ def test_a_whole_copy_has_the_known_sizes(folder, monkeypatch):
     pytest.importorskip("sklearn")
     sizes = {s: hash_count(s) for s in SPLITS}
     monkeypatch.setattr(speech, "CLIPS", 40)
+    for name, words in {"SC35": ["yes", "no"], "SC10": ["no", "yes"]}.items(): monkeypatch.setattr(speech, name, words)
     monkeypatch.setattr(speech, "OFFICIAL", {"sc35": sizes, "sc10": {"train": 21, "val": 4, "test": 5}})
     task = SpeechCommands("sc35", data_dir=folder).prepare()
     assert task.card.splits == sizes and task.card.published
@@ -311,8 +312,8 @@ def spoil(folder, what):
 
 FAULTS = {"rate": "8,000 samples a second, expected 16,000; convert", "long": "16,001 samples, at most 16,000",
           "stereo": "2 channels", "cut": "cut short", "empty": "not a readable wav",
-          "gone": "names clips that are not there", "no list": "lacks validation_list.txt", "both": "is in both lists", "foreign": "the first '1,2'",
-          "blank": "names none of the 40 clips"}
+          "gone": "names clips that are not there", "no list": "lacks validation_list.txt", "both": "is in both lists",
+          "foreign": "the first '1,2'", "blank": "names none of the 40 clips"}
 
 
 @pytest.mark.parametrize("what", FAULTS)
@@ -402,6 +403,59 @@ def test_a_damaged_cache_is_refused(folder, kind, file):
         f.seek(os.path.getsize(place) // 2)
         f.write(b"damage")
     with pytest.raises(ValueError, match=f"{file}.*delete the folder"): WavFolder("x", folder).prepare()
+
+
+def test_prepare_again_reads_what_has_changed(folder):
+    task = WavFolder("x", folder).prepare()
+    before, data = task.clips, task.train
+    assert task.prepare().train is not data and task.clips == before
+    name = task.train.names[0]
+    write_clip(folder, name, 15_000)
+    task.prepare()
+    assert task.clips != before and task.train.names[0] == name and task.train.clip_lengths[0] == 15_000
+
+
+def read_only(monkeypatch, place, home):
+    "As if one could not write to `place` (tests may run as root, who can)."
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: str(place) not in str(p) and access(p, mode))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+
+
+def test_a_read_only_folder_keeps_its_caches_at_home(folder, tmp_path, monkeypatch):
+    ready = WavFolder("x", folder).prepare()
+    read_only(monkeypatch, folder, tmp_path / "home")
+    assert WavFolder("x", folder).prepare().made == ready.made                        # ready-made: found where it lies
+    other = WavFolder("x", folder, dropped=5).prepare()
+    assert other.clips == ready.clips and other.made.parent == tmp_path / "home/s4nb" / folder.name
+
+
+def test_a_download_for_a_read_only_root_is_found_again(made, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    read_only(monkeypatch, tmp_path / "data", tmp_path / "home")
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
+    home = tmp_path / "home/s4nb/SpeechCommands"
+    home.mkdir(parents=True)
+    monkeypatch.setattr(speech, "fetch", lambda source, folder: archived(made, folder / source.name))
+    assert SpeechCommands("sc35", partial=True).place() == home / "speech_commands_v0.02.tar.gz"
+    assert SpeechCommands("sc35", partial=True).find() == home / "speech_commands_v0.02.tar.gz"
+
+
+def test_home_is_understood(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert WavFolder("x", "~/copy").classes == ["no", "yes"] and SpeechCommands(data_dir="~/copy").find() == folder
+
+
+def test_capital_endings_are_wav_files_too(tmp_path):
+    for word in ("a", "b"): write_clip(tmp_path, f"{word}/1.WAV")
+    assert folders_of_wavs(tmp_path) == ["a", "b"]
+
+
+def test_a_class_without_clips_is_refused(folder):
+    words = ["yes", "no", "mabye"]
+    assert WavFolder("x", folder, words, partial=True).prepare().d_output == 3
+    for _ in range(2):                                              # though its clips are decoded already
+        with pytest.raises(ValueError, match="gives no clips of mabye: add them"): WavFolder("x", folder, words).prepare()
 
 
 # ---- small parts

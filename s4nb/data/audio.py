@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-# %% ../../nbs/5_data/49_audio.ipynb #104fd0b6
+# %% ../../nbs/5_data/49_audio.ipynb #a8782cdf
 def optional(name):
     """The module `name`, or an ImportError that says how to install it."""
     try:
@@ -32,19 +32,19 @@ def missing_bytes(data):
 
     A program that writes into a pipe does not know the length and announces about 2³¹ or 2³² bytes: that counts as 0.
     """
-    at = 12
+    at, order = 12, ">" if data[:4] == b"RIFX" else "<"
     while at + 8 <= len(data):
-        kind, size = struct.unpack_from("<4sI", data, at)
+        kind, size = struct.unpack_from(order + "4sI", data, at)
         if kind == b"data": return max(0, at + 8 + size - len(data)) if size < 0x7fff0000 else 0
         at += 8 + size + size % 2
     return 0
 
-# %% ../../nbs/5_data/49_audio.ipynb #eaf387be
+# %% ../../nbs/5_data/49_audio.ipynb #631fc61d
 def decode_wav(data, name, rate, length=None):
     """The samples of a mono wav file given as bytes: int16 (l), l at most `length`. `name` stands for it in errors.
 
     Other sample formats are converted to int16, full scale ±32768. Not a wav, cut short, empty, not mono, not at `rate`
-    samples a second, longer than `length` → ValueError with the fix.
+    samples a second, a NaN, longer than `length` → ValueError with the fix.
     """
     soundfile = optional("soundfile")
 
@@ -61,6 +61,7 @@ def decode_wav(data, name, rate, length=None):
     if channels != 1: refuse(f"{channels} channels, expected one; convert it: sox IN.wav -c 1 OUT.wav")
     if got != rate: refuse(f"{got:,} samples a second, expected {rate:,}; convert it: sox IN.wav -r {rate} OUT.wav")
     if not len(x): refuse("holds no samples; restore or delete it")
+    if (x != x).any(): refuse(f"{(x != x).sum():,} samples are NaN; restore or delete it")
     if length is not None and len(x) > length:
         refuse(f"{len(x):,} samples, at most {length:,} expected; cut it, or allow a longer length")
     return torch.from_numpy(x if not real else (x * 32768).round().clip(-32768, 32767).astype("int16"))
@@ -145,7 +146,7 @@ def normalise(x, mean, std):
     """(x − mean) / (std + 1e-5)"""
     return (x - mean) / (std + EPS)
 
-# %% ../../nbs/5_data/49_audio.ipynb #d0f10e98
+# %% ../../nbs/5_data/49_audio.ipynb #dfecde35
 DROPPED = -32768                                        # the int16 that marks a dropped sample
 
 
@@ -166,10 +167,11 @@ def waveform_steps(row, scale, mean, std, dropped):
     """A row (l) int16 -> (l d) float32, normalised; dropped=True: marked samples are 0, and a second channel tells."""
     x = normalise(waveform(row, scale), mean, std)
     if not dropped: return x
-    there = (row != DROPPED)[:, None]
-    return torch.cat((x.where(there, 0.0), there), 1)
+    there, steps = row != DROPPED, x.new_empty(len(row), 2)
+    steps[:, 0], steps[:, 1] = x[:, 0] * there, there
+    return steps
 
-# %% ../../nbs/5_data/49_audio.ipynb #76552d67
+# %% ../../nbs/5_data/49_audio.ipynb #d9939abc
 def resample(x, rate):
     """x (b l d) with steps `rate` times as long: a whole rate keeps every rate-th step, others resample (torchaudio).
 
@@ -177,7 +179,7 @@ def resample(x, rate):
     """
     if not rate > 0: raise ValueError(f"rate is the length of a step relative to the original, above 0; got {rate}")
     if rate == int(rate): return x[:, ::int(rate)]
-    ratio = Fraction(rate).limit_denominator(100)
+    ratio = Fraction(rate).limit_denominator(1000)
     return band_limited(x, ratio.numerator, ratio.denominator)
 
 

@@ -159,11 +159,12 @@ def write_features(folder, rows, index, features, scale, rate, percent):
             bar(int(i[-1]) + 1)
     return path
 
-# %% ../../nbs/5_data/50_speech.ipynb #5a83666b
+# %% ../../nbs/5_data/50_speech.ipynb #8e5d0970
 def folders_of_wavs(place):
     """The names, sorted, of the folders in `place` that hold wav files; none that begins with "_" or "."."""
     if not place.is_dir(): raise ValueError(f"{place} is not a folder: name one that holds word/….wav, or give classes")
-    found = sorted(p.name for p in place.iterdir() if p.name[0] not in "_." and any(p.glob("*.wav")))
+    found = sorted(p.name for p in place.iterdir() if p.name[0] not in "_." and p.is_dir() and
+                   any(clip_name(f"{p.name}/{file}") for file in os.listdir(p)))
     if len(found) > 1: return found
     raise ValueError(f"{place} holds {len(found)} folders of wav files; a classification needs two classes or more")
 
@@ -214,7 +215,7 @@ def speech_card(task):
         metric=f"accuracy, {len(task.classes)} classes", licence="that of the recordings", source="files of your own",
         baseline={f"majority class, {s}": f"{100 * task.majority(s)[1]:.1f} %" for s in SPLITS} if ready else {})
 
-# %% ../../nbs/5_data/50_speech.ipynb #7de7f79a
+# %% ../../nbs/5_data/50_speech.ipynb #2d128a50
 class WavFolder(DataModule):
     """The class of a clip, from folders named for their class: `data_dir/word/file.wav`, mono, `rate` samples a second.
 
@@ -222,7 +223,7 @@ class WavFolder(DataModule):
     second); longer ones are an error; exact=True leaves out shorter ones. features: "raw" (l 1), "mfcc" (1+l//100 20).
     normalize: "global" or "reference", see data.audio. dropped: per cent of the samples; a mask is the second channel.
     split: "lists" (validation_list.txt and testing_list.txt), "hash" (80/10/10 by speaker or file name), "stratified"
-    (70/15/15); None: lists where there are lists, else hash. partial=True: lists may name clips that are not there.
+    (70/15/15); None: lists where there are lists, else hash. partial=True: a class, or clips that a list names, may lack.
     """
 
     def __init__(self, name, data_dir, classes=None, rate=16_000, length=None, features="raw", normalize="global",
@@ -232,50 +233,59 @@ class WavFolder(DataModule):
             if got not in allowed: raise ValueError(f"{what}={got!r} is unknown: one of {', '.join(map(str, allowed))}")
         if not 0 <= dropped < 100: raise ValueError(f"dropped is in per cent, at least 0 and below 100; got {dropped}")
         if dropped and features == "mfcc": raise ValueError("samples are dropped from features='raw' alone")
-        self.name, self.data_dir, self.rate, self.length = name, data_dir, rate, rate if length is None else int(length)
+        self.name, self.data_dir = name, data_dir and Path(data_dir).expanduser().absolute()
+        self.rate, self.length = rate, int(rate if length is None else length)
         self.features, self.normalize, self.dropped, self.split = features, normalize, dropped, split
         self.exact, self.partial, self.longest, self.facts = exact, partial, self.length, None
         if self.length < 101: raise ValueError(f"length is in samples, at least 101; got {self.length}")
-        self.classes = list(classes or folders_of_wavs(Path(data_dir)))
+        self.classes = list(classes or folders_of_wavs(self.data_dir))
         self.d_output, raw = len(self.classes), features == "raw"
         self.d_input, self.l_max = (1 + bool(dropped), self.length) if raw else (20, 1 + self.length // 100)
         self.scale = 2.0**-30 if normalize == "reference" else 2.0**-15
 
     def place(self):
         """The folder or the archive of the clips."""
-        if Path(self.data_dir).exists(): return Path(self.data_dir)
+        if self.data_dir.exists(): return self.data_dir
         raise ValueError(f"{self.data_dir} is not there: name a folder of {self.classes[0]}/….wav, or an archive")
 
     def state(self):
         """Where the clips are, in one line."""
-        there = Path(self.data_dir).exists()
+        there = self.data_dir.exists()
         return f"read from {self.data_dir}" if there else f"missing: put word/….wav into {self.data_dir}"
 
     def check(self, names, lists):
-        """May refuse the clips that were found, before any is decoded."""
+        """Refuse the clips that were found, before any is decoded: a class without clips, lists of other clips."""
+        there = {name.split("/")[0] for name in names}
+        empty = [word for word in self.classes if word not in there]
+        if empty: self.incomplete(f"no clips of {', '.join(empty)}")
         if way(self.split, lists) == "lists": named_split(names, lists, "lists", self.place(), self.partial)
+
+    def incomplete(self, what):
+        """Refuse a copy, unless partial=True."""
+        if not self.partial: raise ValueError(f"{self.place()} gives {what}: add them, or leave the class out")
 
     def check_sizes(self, sizes):
         """May refuse the sizes {split: n} of the splits."""
 
     def prepare(self):
         """Decode the clips, then split them, derive features, take statistics; each once, and verified. -> self"""
-        if self.facts is not None: return self
         place = self.place()
         folder = place if place.is_dir() else place.parent
         settings = {"what": "clips 1", "source": source_key(place, self.classes), "classes": self.classes,
                     "rate": self.rate, "length": self.length, "longest": self.longest}
         make = lambda new: pack_clips(new, place, self.classes, self.rate, self.length, self.longest, self.check)
-        self.clips, _ = cached_folder(cache_base(folder), "clips", settings, make)
+        self.clips, _ = cached_folder(folder, "clips", settings, make)
         settings = {k: getattr(self, k) for k in ("features", "normalize", "dropped", "split", "exact", "partial")}
         settings |= {"what": "features 1", "clips": self.clips.name}
-        self.made, manifest = cached_folder(cache_base(folder), "features", settings, self.derive)
+        self.made, manifest = cached_folder(folder, "features", settings, self.derive)
+        self.__dict__.get("loaded", {}).clear()                 # of an earlier `prepare`: the files may have changed
         self.facts = manifest["facts"]
         return self
 
     def derive(self, folder):
         """Splits, features if they are not the samples themselves, and statistics, into a new cache folder. -> facts"""
         clips, rows = torch.load(self.clips / "clips.pt", weights_only=True), self.clips / "rows.npy"
+        self.check(clips["names"], clips["lists"])              # again: others may have decoded them with partial=True
         how, only, raw = way(self.split, clips["lists"]), self.longest if self.exact else None, self.features == "raw"
         index = divide(clips, how, only, self.place(), self.partial)
         sizes = {s: len(i) for s, i in index.items()}
@@ -291,7 +301,7 @@ class WavFolder(DataModule):
 
     def load(self, split):
         """A split: items (x (l d) float32, class); clip_lengths (n): before padding; names (n): "word/file.wav"."""
-        self.prepare()
+        if self.facts is None: self.prepare()
         stored, clips = (torch.load(f, weights_only=True) for f in (self.made / "splits.pt", self.clips / "clips.pt"))
         index, norm, own = stored[split], {k: stored[k] for k in ("mean", "std")}, self.made / "rows.npy"
         steps = (partial(normalise, **norm) if self.features == "mfcc" else
@@ -313,7 +323,7 @@ class WavFolder(DataModule):
         """The task card; counted figures once the clips are prepared."""
         return speech_card(self)
 
-# %% ../../nbs/5_data/50_speech.ipynb #23a5030c
+# %% ../../nbs/5_data/50_speech.ipynb #66675b01
 SC10 = "yes no up down left right on off stop go".split()
 SC35 = ("bed cat down five forward go house left marvin no on right sheila tree up visual yes backward bird dog eight "
         "follow four happy learn nine off one seven six stop three two wow zero").split()
@@ -340,7 +350,8 @@ class SpeechCommands(WavFolder):
 
     def find(self):
         """The folder or the archive of the clips, or None."""
-        roots = [Path(self.data_dir)] if self.data_dir else [data_root() / "SpeechCommands", data_root()]
+        folder = dataset_dir("SpeechCommands", self.data_dir)
+        roots = [folder, cache_base(folder)] + [data_root()] * (not self.data_dir)
         inside = ["", "speech_commands_v0.02", "SpeechCommands", "SpeechCommands/speech_commands_v0.02"]
         for place in [root / s for root in roots for s in inside]:
             if any((place / word).is_dir() for word in self.classes): return place
@@ -349,7 +360,7 @@ class SpeechCommands(WavFolder):
 
     def place(self):
         """The folder or the archive of the clips; downloaded where there is none."""
-        return self.find() or fetch(ARCHIVE, dataset_dir("SpeechCommands", self.data_dir))
+        return self.find() or fetch(ARCHIVE, cache_base(dataset_dir("SpeechCommands", self.data_dir)))
 
     def state(self):
         """Where the clips are, or what would be downloaded, in one line."""
@@ -358,8 +369,8 @@ class SpeechCommands(WavFolder):
 
     def check(self, names, lists):
         """All clips of version 0.02 must be there."""
-        super().check(names, lists)
         if self.name == "sc35" and len(names) != CLIPS: self.incomplete(f"{len(names):,} clips, known are {CLIPS:,}")
+        super().check(names, lists)
 
     def check_sizes(self, sizes):
         """The splits must have the known sizes."""
