@@ -372,10 +372,10 @@ def watch(parent):
         os._exit(1)
     threading.Thread(target=look, daemon=True).start()
 
-# %% ../../nbs/5_data/47_contours.ipynb #7fb78e43
+# %% ../../nbs/5_data/47_contours.ipynb #74ec568b
 def missing(folder, made_with, n, batch):
     """The batches (k, images) that n images still need; leftovers go; a folder of other images → ValueError."""
-    note, made_with = folder / "generator.json", json.dumps(made_with, indent=1)
+    note, made_with = folder / "generator.json", json.dumps(made_with)
     if not note.exists(): write_atomically(note, lambda tmp: tmp.write_text(made_with))
     if (there := note.read_text()) != made_with:
         raise ValueError(f"{folder} holds images made with {there}, asked is {made_with}; choose another folder")
