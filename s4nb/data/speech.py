@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LISTS', 'BLOCK', 'HOW', 'SC10', 'SC35', 'ARCHIVE', 'CLIPS', 'OFFICIAL', 'SIZE', 'PUBLISHED', 'clip_name', 'entries',
            'hash_percent', 'hash_split', 'stratified_split', 'list_split', 'blocks', 'scan', 'source_key', 'pack_clips',
-           'write_features', 'folders_of_wavs', 'named_split', 'way', 'divide', 'speech_card', 'WavFolder',
-           'SpeechCommands']
+           'write_features', 'folders_of_wavs', 'named_split', 'way', 'divide', 'check_options', 'speech_card',
+           'WavFolder', 'SpeechCommands']
 
 # %% ../../nbs/5_data/50_speech.ipynb #3f5d3ef0
 import hashlib
@@ -195,27 +195,36 @@ def divide(clips, how, only, place, partial):
     if not all(sizes.values()): raise ValueError(f"{place}: a split is empty, {sizes}; add clips, or change split")
     return index
 
-# %% ../../nbs/5_data/50_speech.ipynb #3b5ba865
+# %% ../../nbs/5_data/50_speech.ipynb #e4417524
 HOW = {"lists": "divided by its two lists", "hash": "divided 80/10/10 by the hash of the speaker's or file's name",
        "stratified": "divided 70/15/15 at random, every class alike; one speaker may be in several splits"}
+
+
+def check_options(features, normalize, dropped, split):
+    """ValueError for options of WavFolder that are unknown, or do not go together."""
+    for what, got, *allowed in [("features", features, "raw", "mfcc"), ("split", split, *HOW, None),
+                                ("normalize", normalize, "reference", "global")]:
+        if got not in allowed: raise ValueError(f"{what}={got!r} is unknown: one of {', '.join(map(str, allowed))}")
+    if not 0 <= dropped < 100: raise ValueError(f"dropped is in per cent, at least 0 and below 100; got {dropped}")
+    if dropped and features == "mfcc": raise ValueError("samples are dropped from features='raw' alone")
 
 
 def speech_card(task):
     """The card of a WavFolder: what it reads, how it was divided, what a step is."""
     ready, raw = task.facts is not None, task.features == "raw"
-    scale = {"global": "one mean and deviation over all clips and times of train", "reference": "the reference's "
-             "normalisation" + ", one for each time step" * raw + ", divided by 2^15 twice"}[task.normalize]
+    scale = {"global": "by one mean and deviation over all clips and times of train", "reference": "as the reference "
+             "does: divided by 2^15 twice, then by mean and deviation" + " of each time step" * raw}[task.normalize]
     return TaskCard(
         name=task.name, what=f"which of {len(task.classes)} words is spoken",
         variant="a folder of wav files" + (f", {HOW[task.facts['split']]}" if ready else ""),
         splits=dict(task.facts["sizes"]) if ready else {},
         length=f"{task.length:,} samples at {task.rate:,} Hz, zero-padded" + f"; {task.l_max} frames" * (not raw),
-        vocabulary=("one sample: " if raw else "20 MFCC, for each: ") + scale +
+        vocabulary=("one sample" if raw else "20 MFCC, each") + ", normalised " + scale +
                    f"; {task.dropped:g} % of the samples dropped, a second channel is 1 where not" * bool(task.dropped),
         metric=f"accuracy, {len(task.classes)} classes", licence="that of the recordings", source="files of your own",
         baseline={f"majority class, {s}": f"{100 * task.majority(s)[1]:.1f} %" for s in SPLITS} if ready else {})
 
-# %% ../../nbs/5_data/50_speech.ipynb #2d128a50
+# %% ../../nbs/5_data/50_speech.ipynb #3a5745d7
 class WavFolder(DataModule):
     """The class of a clip, from folders named for their class: `data_dir/word/file.wav`, mono, `rate` samples a second.
 
@@ -223,16 +232,12 @@ class WavFolder(DataModule):
     second); longer ones are an error; exact=True leaves out shorter ones. features: "raw" (l 1), "mfcc" (1+l//100 20).
     normalize: "global" or "reference", see data.audio. dropped: per cent of the samples; a mask is the second channel.
     split: "lists" (validation_list.txt and testing_list.txt), "hash" (80/10/10 by speaker or file name), "stratified"
-    (70/15/15); None: lists where there are lists, else hash. partial=True: a class, or clips that a list names, may lack.
+    (70/15/15); None: lists where there are lists, else hash. partial=True: a class, or clips of a list, may be missing.
     """
 
     def __init__(self, name, data_dir, classes=None, rate=16_000, length=None, features="raw", normalize="global",
                  dropped=0, split=None, exact=False, partial=False):
-        for what, got, *allowed in [("features", features, "raw", "mfcc"), ("split", split, *HOW, None),
-                                    ("normalize", normalize, "reference", "global")]:
-            if got not in allowed: raise ValueError(f"{what}={got!r} is unknown: one of {', '.join(map(str, allowed))}")
-        if not 0 <= dropped < 100: raise ValueError(f"dropped is in per cent, at least 0 and below 100; got {dropped}")
-        if dropped and features == "mfcc": raise ValueError("samples are dropped from features='raw' alone")
+        check_options(features, normalize, dropped, split)
         self.name, self.data_dir = name, data_dir and Path(data_dir).expanduser().absolute()
         self.rate, self.length = rate, int(rate if length is None else length)
         self.features, self.normalize, self.dropped, self.split = features, normalize, dropped, split
@@ -250,13 +255,11 @@ class WavFolder(DataModule):
 
     def state(self):
         """Where the clips are, in one line."""
-        there = self.data_dir.exists()
-        return f"read from {self.data_dir}" if there else f"missing: put word/….wav into {self.data_dir}"
+        return ("read from" if self.data_dir.exists() else "missing: put word/….wav into") + f" {self.data_dir}"
 
     def check(self, names, lists):
         """Refuse the clips that were found, before any is decoded: a class without clips, lists of other clips."""
-        there = {name.split("/")[0] for name in names}
-        empty = [word for word in self.classes if word not in there]
+        empty = sorted(set(self.classes) - {name.split("/")[0] for name in names})
         if empty: self.incomplete(f"no clips of {', '.join(empty)}")
         if way(self.split, lists) == "lists": named_split(names, lists, "lists", self.place(), self.partial)
 
