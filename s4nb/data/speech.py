@@ -195,17 +195,18 @@ def divide(clips, how, only, place, partial):
     if not all(sizes.values()): raise ValueError(f"{place}: a split is empty, {sizes}; add clips, or change split")
     return index
 
-# %% ../../nbs/5_data/50_speech.ipynb #e4417524
+# %% ../../nbs/5_data/50_speech.ipynb #aa4aed24
 HOW = {"lists": "divided by its two lists", "hash": "divided 80/10/10 by the hash of the speaker's or file's name",
        "stratified": "divided 70/15/15 at random, every class alike; one speaker may be in several splits"}
 
 
-def check_options(features, normalize, dropped, split):
+def check_options(features, normalize, dropped, split, length):
     """ValueError for options of WavFolder that are unknown, or do not go together."""
     for what, got, *allowed in [("features", features, "raw", "mfcc"), ("split", split, *HOW, None),
                                 ("normalize", normalize, "reference", "global")]:
         if got not in allowed: raise ValueError(f"{what}={got!r} is unknown: one of {', '.join(map(str, allowed))}")
     if not 0 <= dropped < 100: raise ValueError(f"dropped is in per cent, at least 0 and below 100; got {dropped}")
+    if length < 101: raise ValueError(f"length is in samples, at least 101; got {length}")
     if dropped and features == "mfcc": raise ValueError("samples are dropped from features='raw' alone")
 
 
@@ -224,7 +225,7 @@ def speech_card(task):
         metric=f"accuracy, {len(task.classes)} classes", licence="that of the recordings", source="files of your own",
         baseline={f"majority class, {s}": f"{100 * task.majority(s)[1]:.1f} %" for s in SPLITS} if ready else {})
 
-# %% ../../nbs/5_data/50_speech.ipynb #3a5745d7
+# %% ../../nbs/5_data/50_speech.ipynb #94ebb161
 class WavFolder(DataModule):
     """The class of a clip, from folders named for their class: `data_dir/word/file.wav`, mono, `rate` samples a second.
 
@@ -237,12 +238,11 @@ class WavFolder(DataModule):
 
     def __init__(self, name, data_dir, classes=None, rate=16_000, length=None, features="raw", normalize="global",
                  dropped=0, split=None, exact=False, partial=False):
-        check_options(features, normalize, dropped, split)
         self.name, self.data_dir = name, data_dir and Path(data_dir).expanduser().absolute()
         self.rate, self.length = rate, int(rate if length is None else length)
+        check_options(features, normalize, dropped, split, self.length)
         self.features, self.normalize, self.dropped, self.split = features, normalize, dropped, split
         self.exact, self.partial, self.longest, self.facts = exact, partial, self.length, None
-        if self.length < 101: raise ValueError(f"length is in samples, at least 101; got {self.length}")
         self.classes = list(classes or folders_of_wavs(self.data_dir))
         self.d_output, raw = len(self.classes), features == "raw"
         self.d_input, self.l_max = (1 + bool(dropped), self.length) if raw else (20, 1 + self.length // 100)
