@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from s4nb.data import contours
-from s4nb.data.contours import PathfinderSettings, draw_image, draw_images, generate
+from s4nb.data import contour_files, contours
+from s4nb.data.contour_files import generate
+from s4nb.data.contours import PathfinderSettings, draw_image, draw_images
 
 Image = pytest.importorskip("PIL.Image")
 HARD, EASY = PathfinderSettings.of(32), PathfinderSettings.of(32, 6)
@@ -133,7 +134,7 @@ def test_more_images_are_added_and_fewer_change_nothing(tmp_path):
     assert files(few) == files(generate(tmp_path / "b", EASY, 45, batch=20, workers=1))
 
 
-WORK = """import sys; from s4nb.data.contours import *
+WORK = """import sys; from s4nb.data.contour_files import *; from s4nb.data.contours import PathfinderSettings
 generate(sys.argv[1], PathfinderSettings.of(32, 6), 3000, workers=2, batch=25)"""
 
 
@@ -178,7 +179,7 @@ def test_a_worker_that_dies_is_an_error_and_whole_batches_stay(tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGKILL)
         return real(settings, seed, indices)
 
-    monkeypatch.setattr(contours, "draw_images", deadly)
+    monkeypatch.setattr(contour_files, "draw_images", deadly)
     with pytest.raises(Exception, match="terminated abruptly"): generate(tmp_path, EASY, 15, batch=5, workers=2)
     assert not (tmp_path / "curv_baseline/metadata/2.npy").exists()
     monkeypatch.undo()

@@ -350,7 +350,7 @@ def test_an_interrupted_generation_goes_on(data, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(pathfinder, "decode_copy", killed)
         with pytest.raises(KeyboardInterrupt): Pathfinder(n=12, workers=1).prepare()
-    monkeypatch.setattr("s4nb.data.contours.write_batch", lambda *a: drawn.append(a))
+    monkeypatch.setattr("s4nb.data.contour_files.write_batch", lambda *a: drawn.append(a))
     assert Pathfinder(n=12, workers=1).prepare().facts["n"] == 12 and not drawn
 
 

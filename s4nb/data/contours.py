@@ -6,22 +6,16 @@
 __all__ = ['SIZES', 'GOLDEN', 'STRIDE', 'IMAGE', 'DISTRACT', 'DEGREES', 'ONE', 'geometry_of', 'TOTAL', 'LIMIT', 'SLOTS', 'NEVER',
            'PathfinderSettings', 'mix', 'draw', 'direction', 'move', 'disc', 'shrink', 'draw_paddles', 'Geometry',
            'Growth', 'seed_pairs', 'grow_pairs', 'free_tails', 'seed_alone', 'grow_distractors', 'draw_lines',
-           'draw_dot', 'ends', 'finish', 'draw_images', 'draw_image', 'write_batch', 'watch', 'missing', 'generate']
+           'draw_dot', 'ends', 'finish', 'draw_images', 'draw_image']
 
-# %% ../../nbs/5_data/47_contours.ipynb #32a05148
-import json, math, os, shutil, threading, time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
-from multiprocessing import get_all_start_methods, get_context
-from pathlib import Path
+# %% ../../nbs/5_data/47_contours.ipynb #9f6edce1
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
-from .base import Progress, locked, write_atomically
-
-# %% ../../nbs/5_data/47_contours.ipynb #0977287e
+# %% ../../nbs/5_data/47_contours.ipynb #b4713c30
 @dataclass(frozen=True)
 class PathfinderSettings:
     """One kind of Pathfinder image; lengths in pixels. `PathfinderSettings.of(size)` gives Long Range Arena's."""
@@ -50,6 +44,7 @@ class PathfinderSettings:
 
     @property
     def distractor_length(self): return self.contour_length // 3
+
     @property
     def folder(self): return {6: "curv_baseline"}.get(self.contour_length, f"curv_contour_length_{self.contour_length}")
 
@@ -69,35 +64,41 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 STRIDE = 256                        # random numbers set aside for one attempt at a contour
 IMAGE, DISTRACT = 1 << 40, 1 << 41  # where the numbers begin that concern an image as a whole, and its distractors
 
+
 def mix(z):
     """Scramble integers, (…) uint64 → (…) uint64: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
+
 def draw(key, count, n):
     """Random number `count` (…) of the stream `key` (…): an integer of 0…n−1, uniform to within n/2³²."""
     bits = mix(key + np.asarray(count, np.uint64) * GOLDEN) >> np.uint64(32)
     return (bits * np.asarray(n, np.uint64) >> np.uint64(32)).astype(np.int64)
 
-# %% ../../nbs/5_data/47_contours.ipynb #e29ccc62
+# %% ../../nbs/5_data/47_contours.ipynb #92009a4f
 def direction(angles):
     """(dy, dx) = (sin, cos) of angles (k): (k 2), from the C library: their last bits decide some roundings."""
     return np.array([(math.sin(a), math.cos(a)) for a in angles]).reshape(-1, 2)
 
+
 def move(points, by):
     """Integer points (…, 2) moved by real steps (…, 2): each coordinate rounded up."""
     return np.ceil(points + by).astype(np.int64)
+
 
 def disc(radius):
     """The integer points (k, 2) at most `radius` from the origin."""
     y, x = np.mgrid[-radius:radius + 1, -radius:radius + 1]
     return np.argwhere(x * x + y * y <= radius * radius) - radius
 
+
 def shrink(image, n):
     """An 8-bit image reduced to (n n) by PIL's Lanczos filter."""
     from PIL import Image
     return np.asarray(Image.fromarray(image).resize((n, n), Image.Resampling.LANCZOS))
+
 
 def draw_paddles(settings, margin, to):
     """Picture and mask, each (k n n) uint8, of paddles that start at the centre and point along unit steps (k 2)."""
@@ -116,9 +117,11 @@ def draw_paddles(settings, margin, to):
 DEGREES = np.arange(-180, 180) * np.pi / 180        # the orientations of first paddles
 ONE = 1 << 16                                       # weights are integers: the same draws on every machine
 
+
 class Geometry:
     """What settings and margin determine: tables over a paddle's kind. Places are flat, in a frame of pad pixels.
     Kinds 0…359: first paddles by degree, drawn from the tail; then one a point of the circle, drawn from the head."""
+
     def __init__(self, settings, margin):
         s, self.settings, self.margin, reach = settings, settings, margin, settings.paddle_length + margin
         self.pad = reach + 2 * margin + 4
@@ -142,8 +145,10 @@ class Geometry:
         self.usable = np.array([k for k, foot in enumerate(self.feet) if len(foot) and self.zone(foot)[1].min() > 0])
         if not len(self.usable): raise ValueError(f"a first paddle finds no room in {s}: lower seed_distance")
         self.corner, self.extent = np.stack([self.zone(self.feet[k]) for k in self.usable], 1)     # (usable, 2) each
+
     def flat(self, points):
         return (points[..., 0] + self.pad) * self.width + points[..., 1] + self.pad
+
     def choices(self, circle, bearing):
         """Tables (kinds, j) of the next paddles a kind allows: weight, place of the head from the joint, kind."""
         turn = np.abs(self.angle[:, None] - bearing)
@@ -152,12 +157,14 @@ class Geometry:
         keep = np.sort(np.argsort(-weight, 1, kind="stable")[:, :(weight > 0).sum(1).max()], 1)
         self.weight, self.next_kind = np.take_along_axis(weight, keep, 1), keep + len(DEGREES)
         self.next_head = self.flat(circle - self.pad)[keep]
+
     def foot(self, stamp):
         """What must be free for a first paddle, from its tail (p 2); none if a pixel by the edge sees none of it."""
         reach, points = self.settings.paddle_length + self.margin, np.argwhere(stamp) - stamp.shape[0] // 2 + 1
         points = points[np.abs(points).max(1) <= reach]
         seen = np.stack(np.mgrid[:2 * reach + 1, :2 * reach + 1], -1) + points[:, None, None]
         return points if ((seen >= 0) & (seen <= 2 * reach)).all(-1).any(0).all() else points[:0]
+
     def zone(self, foot):
         """Corner and extent (2, 2) of the tails whose foot lies more than 2 seed_distance inside the window."""
         edge = max(2 * self.settings.seed_distance, self.settings.padding)
@@ -165,13 +172,15 @@ class Geometry:
 
 geometry_of = lru_cache(8)(Geometry)
 
-# %% ../../nbs/5_data/47_contours.ipynb #1e57e37c
+# %% ../../nbs/5_data/47_contours.ipynb #4907258d
 TOTAL = 1e-4 * ONE * 255        # a joint whose choices weigh less is a dead end
 LIMIT = 459                     # 1.8 · 255: paddles collide where their masks add up to this
 SLOTS, NEVER = 512, np.iinfo(np.int64).max      # attempts at a time; no attempt has succeeded
 
+
 class Growth:
     """Attempts, one a row: an occupancy image and paddles. lag contours take turns: paddle t follows t − lag."""
+
     def __init__(self, geometry, rows, length, lag):
         self.geometry, self.lag = geometry, lag
         self.occupied = np.tile(geometry.empty, (rows, 1, 1))                   # (rows width width) uint8
@@ -179,15 +188,18 @@ class Growth:
         self.at, self.kind = np.zeros((2, rows, length), np.int64)              # of each paddle: its place, its kind,
         self.joint = np.zeros((rows, length, 2), np.int64)                      # and the joint behind it
         (self.turn, self.tries, self.count), self.key = np.zeros((3, rows), np.int64), np.zeros(rows, np.uint64)
+
     def start(self, rows, key, count, tail, kind):
         """First paddles tail (k lag 2), kind (k lag) for rows (k); random numbers from (key, count) (k) on."""
         self.at[rows, :self.lag], self.kind[rows, :self.lag] = self.geometry.flat(tail), kind
         self.joint[rows, :self.lag] = move(move(tail, self.geometry.to_head[kind]), self.geometry.to_joint[kind])
         self.key[rows], self.count[rows], self.turn[rows], self.tries[rows] = key, count, self.lag, 0
+
     def paste(self, rows, at, kind):
         """Occupy the masks of paddles at, kind (k), one in each of rows (k)."""
         where = (self.base[rows] + at)[:, None] + self.geometry.box
         self.pixels[where] = np.maximum(self.pixels[where], self.geometry.mask[kind])
+
     def choices(self, rows):
         """For the next paddle of rows (k): its joint (k 2), and the heads it may have, their kinds, weights (k j)."""
         g, before = self.geometry, self.turn[rows] - self.lag
@@ -196,6 +208,7 @@ class Growth:
         head = g.flat(joint)[:, None] + g.next_head[kind]
         blocked = self.pixels[(self.base[rows, None] + head)[..., None] + g.disc].max(-1)
         return joint, head, g.next_kind[kind], g.weight[kind] * (255 - blocked)
+
     def tick(self, rows):
         """One draw of a next paddle in each of rows (k) -> (k) bool, False where the attempt is over."""
         g, i = self.geometry, np.arange(len(rows))
@@ -213,6 +226,7 @@ class Growth:
         self.tries[grown] = 0
         return (total >= TOTAL) & (self.tries[rows] < 3)
 
+
 def seed_pairs(geometry, key, count):
     """First paddles of two paths, seed_distance apart: tail (n 2 2), kind (n 2). Takes random numbers count…count+3."""
     g, a, b = geometry, draw(key, count, len(geometry.usable)), draw(key, count + 2, 360)
@@ -220,6 +234,7 @@ def seed_pairs(geometry, key, count):
     tail = g.corner[a] + np.stack(np.divmod(draw(key, count + 1, height * width), width), 1)
     apart = g.settings.seed_distance * direction(draw(key, count + 3, 360) * (np.pi / 180))
     return np.stack((tail, np.rint(tail + apart).astype(np.int64)), 1), np.stack((g.usable[a], b), 1)
+
 
 def grow_pairs(geometry, keys):
     """The first attempt to succeed (n) for each key (n), and its paddles at, kind (n, 2·length), paths alternating."""
@@ -244,13 +259,14 @@ def grow_pairs(geometry, keys):
         alive &= attempt[rows] < first[image[rows]]
         rows, fresh = rows[alive], rows[~alive]
 
-# %% ../../nbs/5_data/47_contours.ipynb #148571a8
+# %% ../../nbs/5_data/47_contours.ipynb #a4cdeaa4
 def free_tails(geometry, taken, kind):
     """Where the tail of a first paddle may lie among pixels taken (size size): points (k 2)."""
     g, (n, _), around = geometry, taken.shape, geometry.settings.paddle_length + geometry.margin
     if not len(g.feet[kind]): return g.feet[kind]
     padded = np.pad(taken, around)
     return np.argwhere(~np.any([padded[y:y + n, x:x + n] for y, x in g.feet[kind] + around], 0))
+
 
 def seed_alone(geometry, occupied, key, count):
     """A first paddle anywhere, or None: (tail (2), kind). occupied (width width) uint8, key (1), count…count+5."""
@@ -263,6 +279,7 @@ def seed_alone(geometry, occupied, key, count):
         tail = free[draw(key, count + 2 * trial + 1, len(free))[0]]
         ends = np.stack((head := move(tail, g.to_head[kind]), move(head, g.to_joint[kind])))
         if ends.min() >= 0 and ends.max() < g.settings.size: return tail, kind
+
 
 def grow_distractors(geometry, occupied, keys):
     """Short contours, five attempts each: placed (n d) bool, at, kind (n d length); `occupied` (n w w) gains."""
@@ -283,7 +300,7 @@ def grow_distractors(geometry, occupied, keys):
         at[i, d], kind[i, d], occupied[i] = growth.at[done], growth.kind[done], growth.occupied[done]
     return placed, at, kind
 
-# %% ../../nbs/5_data/47_contours.ipynb #f1b51660
+# %% ../../nbs/5_data/47_contours.ipynb #e39acea8
 def draw_lines(geometry, at, kind, where):
     """Paddles at, kind (n p), those with where (n p), in images (n size size) float, 0…1."""
     g, n = geometry, len(at)
@@ -294,17 +311,20 @@ def draw_lines(geometry, at, kind, where):
         canvas[pixels] = np.maximum(canvas[pixels], g.line[kind[i, t]])
     return canvas.reshape(n, g.width, g.width)[:, g.pad:-g.pad, g.pad:-g.pad] / 255
 
+
 def draw_dot(settings, y, x):
     """A dot at (y, x) in an image (size size), 0…1."""
     n, a = settings.size, settings.antialias
     Y, X = np.ogrid[-y * a:(n - y) * a, -x * a:(n - x) * a]
     return shrink((Y * Y + X * X <= (settings.marker_radius * a) ** 2) * np.uint8(255), n) / 255
 
+
 def ends(geometry, at, kind):
     """Tails and heads (…, 2, 2) of paddles at, kind (…): (y, x) in pixels of the window."""
     start, first = np.stack(np.divmod(at, geometry.width), -1) - geometry.pad, (kind < len(DEGREES))[..., None]
     stop = start + geometry.settings.paddle_length * geometry.drawn[kind]
     return np.stack((np.where(first, start, stop), np.where(first, stop, start)), -2)
+
 
 def finish(geometry, keys, first, at, kind, labels, dotted):
     """Pairs of paths (n, 2·contour_length) become images (n size size) uint8: distractors, lines, dots; and infos."""
@@ -324,7 +344,7 @@ def finish(geometry, keys, first, at, kind, labels, dotted):
                       "distractors": short[i][placed[i]], "attempts": int(first[i]) + 1})
     return (images + 0.5).astype(np.uint8), infos
 
-# %% ../../nbs/5_data/47_contours.ipynb #9a4bae81
+# %% ../../nbs/5_data/47_contours.ipynb #61181711
 def draw_images(settings, seed, indices):
     """Images (n size size) uint8, labels (n), 1: both dots on one path, infos; each a function of its index alone.
     info: paths (2 k 2 2), tails and heads (y, x) of paddles; bearings (2 k); distractors (d k 2 2); dots; attempts."""
@@ -342,58 +362,8 @@ def draw_images(settings, seed, indices):
             images[i], infos[i] = finish(g, keys[i], *(x[c:c + 64] for x in pairs), labels[i], dotted[i])
     return images, labels, infos.tolist()
 
+
 def draw_image(settings, seed, index):
     """One image (size size) uint8, its label (1: both dots on one path) and its info: see `draw_images`."""
     images, labels, infos = draw_images(settings, seed, [index])
     return images[0], int(labels[0]), infos[0]
-
-# %% ../../nbs/5_data/47_contours.ipynb #9080fc33
-def write_batch(folder, settings, seed, batch, job):
-    """Draw batch k of n images, job = (k, n): imgs/k whole, then metadata/k.npy, which says that it is there. -> n"""
-    from PIL import Image
-    (k, n), s = job, settings
-    images, labels, infos = draw_images(s, seed, np.arange(k * batch, k * batch + n))
-    fixed = s.continuity, s.contour_length, s.distractor_length, s.paddle_length, s.paddle_thickness
-    rows = [(f"imgs/{k}", f"sample_{i}.png", i, labels[i], *fixed, infos[i]["margin"], 1) for i in range(n)]
-    def save(tmp):
-        tmp.mkdir()
-        for i, image in enumerate(images): Image.fromarray(image).save(tmp / f"sample_{i}.png")
-    metadata, pictures = folder / "metadata" / f"{k}.npy", folder / "imgs" / str(k)
-    metadata.unlink(missing_ok=True)
-    shutil.rmtree(pictures, ignore_errors=True)                     # of a killed run, or of one that asked for less
-    write_atomically(pictures, save)
-    write_atomically(metadata, lambda tmp: tmp.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows)))
-    return n
-
-def watch(parent):
-    """In a worker: end when the process `parent` is gone, however it went."""
-    def look():
-        while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=look, daemon=True).start()
-
-# %% ../../nbs/5_data/47_contours.ipynb #74ec568b
-def missing(folder, made_with, n, batch):
-    """The batches (k, images) that n images still need; leftovers go; a folder of other images → ValueError."""
-    note, made_with = folder / "generator.json", json.dumps(made_with)
-    if not note.exists(): write_atomically(note, lambda tmp: tmp.write_text(made_with))
-    if (there := note.read_text()) != made_with:
-        raise ValueError(f"{folder} holds images made with {there}, asked is {made_with}; choose another folder")
-    for tmp in folder.glob("*/.*.tmp"): shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink()     # of killed runs
-    jobs = [(k, min(batch, n - k * batch), folder / "metadata" / f"{k}.npy") for k in range(-(-n // batch))]
-    return [(k, size) for k, size, done in jobs if not done.exists() or len(done.read_text().splitlines()) < size]
-
-def generate(folder, settings, n, seed=0, workers=None, batch=1000):
-    """Images 0…n−1 of `draw_images` in LRA's layout -> folder/curv_…: imgs/<k>/sample_<i>.png is image k·batch + i,
-    metadata/<k>.npy text, the label fourth. A killed run continues; workers (processes) do not change the files."""
-    workers, folder = (os.cpu_count() or 1) if workers is None else workers, Path(folder) / settings.folder
-    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("workers", workers, 1), ("batch", batch, 1)):
-        if not isinstance(value, int) or value < least: raise ValueError(f"{name}: an integer ≥ {least}, got {value!r}")
-    with locked(folder / ".lock"), Progress(n, f"drawing {settings.size}×{settings.size} Pathfinder images") as bar:
-        jobs = missing(folder, {"what": "pathfinder 1", **asdict(settings), "seed": seed, "batch": batch}, n, batch)
-        work, done = partial(write_batch, folder, settings, seed, batch), n - sum(size for _, size in jobs)
-        context, workers = get_context("fork" if "fork" in get_all_start_methods() else None), min(workers, len(jobs))
-        pool = ProcessPoolExecutor(workers, context, watch, (os.getpid(),)) if workers > 1 else nullcontext()
-        with pool:
-            for size in (pool.map if workers > 1 else map)(work, jobs): bar(done := done + size)
-    return folder

@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'EMPTY', 'CHUNK', 'EXPECTED', 'TOLERANCE', 'LENGTHS', 'SECO
            'pixel_facts', 'decode_copy', 'splits_of', 'to_steps', 'copies', 'is_outer', 'find_copy', 'check_copy',
            'generate_copy', 'duration', 'Pathfinder']
 
-# %% ../../nbs/5_data/48_pathfinder.ipynb #d707c941
+# %% ../../nbs/5_data/48_pathfinder.ipynb #5f20c8ef
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,8 @@ import torch
 
 from .base import (SPLITS, ArrayDataset, Batch, DataModule, Progress, TaskCard, cache_base, cache_path,
                             cached_folder, dataset_dir, map_rows, new_rows, pad_batch, random_slices, settings_key)
-from .contours import PathfinderSettings, generate
+from .contour_files import generate
+from .contours import PathfinderSettings
 from .download import SOURCES, extract_lra
 from .image_files import decode_image
 
