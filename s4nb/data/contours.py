@@ -300,7 +300,7 @@ def grow_distractors(geometry, occupied, keys):
         at[i, d], kind[i, d], occupied[i] = growth.at[done], growth.kind[done], growth.occupied[done]
     return placed, at, kind
 
-# %% ../../nbs/5_data/47_contours.ipynb #e39acea8
+# %% ../../nbs/5_data/47_contours.ipynb #c2097745
 def draw_lines(geometry, at, kind, where):
     """Paddles at, kind (n p), those with where (n p), in images (n size size) float, 0…1."""
     g, n = geometry, len(at)
@@ -325,7 +325,7 @@ def ends(geometry, at, kind):
     stop = start + geometry.settings.paddle_length * geometry.drawn[kind]
     return np.stack((np.where(first, start, stop), np.where(first, stop, start)), -2)
 
-
+# %% ../../nbs/5_data/47_contours.ipynb #bf69fc5e
 def finish(geometry, keys, first, at, kind, labels, dotted):
     """Pairs of paths (n, 2·contour_length) become images (n size size) uint8: distractors, lines, dots; and infos."""
     g, s, n = geometry, geometry.settings, len(keys)
