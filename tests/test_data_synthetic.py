@@ -142,6 +142,7 @@ def test_epochs_reach_workers_that_keep_running():
         assert seen == {str(task.train[i][0].tolist()) for i in range(24 * e, 24 * e + 24)}
 
 
+@pytest.mark.filterwarnings("ignore:.*returned `None`", "ignore:.*LeafSpec")
 def test_lightning_sets_the_epoch():
     lightning = pytest.importorskip("lightning")
     task, seen = TASKS["copying"](), []
