@@ -88,6 +88,17 @@ def test_held_out_parts_are_disjoint_seeded_and_keep_given_datasets():
     assert (len(given.train), len(given.val), len(given.test)) == (50, 7, 9)
 
 
+@pytest.mark.parametrize("val, test", [(0.6, 0.6), (-0.1, 0.1), (1, 0.1)], ids=str)
+def test_fractions_that_leave_nothing(val, test):
+    with pytest.raises(ValueError, match="fractions of train that leave some of it"): OwnData(rows(), val=val, test=test)
+
+
+def test_a_dataset_that_ends_early_is_not_cut_in_silence():
+    class Short(list):
+        def __len__(self): return 50
+    with pytest.raises(IndexError): OwnData(Short(rows(40)))
+
+
 def test_a_tensor_dataset_and_workers():
     data = OwnData(TensorDataset(torch.randn(30, 6, 2), torch.arange(30) % 3))
     assert data.d_output == 3 and len(pickle.dumps(data)) > 0
@@ -102,7 +113,9 @@ def test_a_tensor_dataset_and_workers():
     ((torch.tensor([1, -2]), 1), "example 5: whole numbers are tokens"), ((torch.ones(4), 1, 5), "example 5: its length is 5"),
     ((torch.tensor([1.0, float("inf")]), 1), "example 5: x holds a number that is infinite"),
     ((torch.ones(12), float("nan")), "example 5: y is not finite"), ("ab", "example 5: expected"), (7, "example 5: expected"),
-], ids=["channels", "y", "tokens", "shape", "negative", "length", "inf", "nan", "text", "number"])
+    ((3.0, 1), "example 5: x is a sequence, .* the number 3"), ((torch.ones(12), -1), "example 5: y is one class, 0 or more"),
+    ((torch.ones(12), [1, 0]), r"example 5: y is one class, .* got \[1, 0\]"),
+], ids=["channels", "y", "tokens", "shape", "negative", "length", "inf", "nan", "text", "number", "scalar", "class", "classes"])
 def test_a_wrong_example_is_named(wrong, text):
     data = rows(20)
     data[5] = wrong

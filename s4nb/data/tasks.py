@@ -69,7 +69,7 @@ def as_text(rows, head=("task", "where it comes from", "size", "licence")):
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     return "\n".join("  ".join(str(cell).ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [head, *rows])
 
-# %% ../../nbs/5_data/55_tasks.ipynb #a38627c8
+# %% ../../nbs/5_data/55_tasks.ipynb #6d2d2836
 class OwnDataset(Dataset):
     """The examples `index` (all, if None) of your Dataset as (x (l) int64 or (l d) float32, y): length cuts the padding off."""
 
@@ -78,7 +78,7 @@ class OwnDataset(Dataset):
         self.index = torch.arange(len(data)) if index is None else index
         if not len(self.index): raise ValueError(f"{name} holds no example: give at least one")
         examples = [(len(x), tuple(x.shape[1:]), x.is_floating_point(), y, 0 if x.is_floating_point() else int(x.max()))
-                    for x, y in self]
+                    for x, y in map(self.__getitem__, range(len(self)))]
         lengths, shapes, real, ys, top = zip(*examples)
         for what, seen in (("channels", shapes), ("types of x", real), ("types of y", [y.dtype for y in ys]),
                            ("shapes of y", [tuple(y.shape) for y in ys])):
@@ -100,7 +100,9 @@ class OwnDataset(Dataset):
         item = self.data[n]
         if not isinstance(item, (tuple, list)) or len(item) not in (2, 3):
             refuse(f"expected (x, y) or (x, y, length), got {type(item).__name__} {str(item)[:40]!r}")
-        x, y, (length,) = torch.as_tensor(item[0]), torch.as_tensor(item[1]), item[2:] or (len(item[0]),)
+        x, y = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+        if not x.ndim: refuse(f"x is a sequence, (l) or (l d); got the number {x.item()}")
+        length = item[2] if len(item) == 3 else len(x)
         if not 1 <= length <= len(x): refuse(f"its length is {int(length)}; x has {len(x)} steps, at least 1 must count")
         x = x[:int(length)]
         if x.is_floating_point():
@@ -109,10 +111,13 @@ class OwnDataset(Dataset):
         elif x.ndim == 1 and x.min() >= 0: x = x.long()
         else: refuse(f"whole numbers are tokens (l) ≥ 0, got {tuple(x.shape)} down to {int(x.min())}; use float for signals")
         if x.ndim != 2 - (not x.is_floating_point()): refuse(f"x is (l) or (l d), got {tuple(x.shape)}")
-        if y.is_floating_point() and not torch.isfinite(y).all(): refuse("y is not finite; repair or drop it")
-        return x, y.float().reshape(-1) if y.is_floating_point() else y.long()
+        if y.is_floating_point():
+            if not torch.isfinite(y).all(): refuse("y is not finite; repair or drop it")
+            return x, y.float().reshape(-1)
+        if y.numel() != 1 or y < 0: refuse(f"y is one class, 0 or more, or real numbers; got {y.tolist()}")
+        return x, y.long().reshape(())
 
-# %% ../../nbs/5_data/55_tasks.ipynb #6cf0b2bc
+# %% ../../nbs/5_data/55_tasks.ipynb #de6a4482
 class OwnData(DataModule):
     """Your Datasets of (x, y) or (x, y, length) as a task: x (l) tokens or (l d) signal, y a class or real number(s).
 
@@ -121,12 +126,15 @@ class OwnData(DataModule):
     """
 
     def __init__(self, train, val=0.1, test=0.1, name="own data", classes=None, tokens=None, seed=42):
-        self.name, given = name, {"val": val, "test": test}
-        held = [int(part * len(train)) if isinstance(part, float) else 0 for part in (val, test)]
+        parts = [part if isinstance(part, (int, float)) else 0.0 for part in (val, test)]
+        if min(parts) < 0 or sum(parts) >= 1:
+            raise ValueError(f"{name}: val and test are Datasets, or fractions of train that leave some of it; got {parts}")
+        held = [int(part * len(train)) for part in parts]
         kept, *out = random_slices([len(train) - sum(held), *held], seed)
-        own = lambda split, i: OwnDataset(train, f"{name} ({split})", out[i]) if isinstance(given[split], float) else \
-            OwnDataset(given[split], f"{name} ({split})")
-        self.loaded = {"train": OwnDataset(train, f"{name} (train)", kept), "val": own("val", 0), "test": own("test", 1)}
+        self.name, self.loaded = name, {"train": OwnDataset(train, f"{name} (train)", kept)}
+        for split, given, index in zip(("val", "test"), (val, test), out):
+            drawn = isinstance(given, (int, float))
+            self.loaded[split] = OwnDataset(train if drawn else given, f"{name} ({split})", index if drawn else None)
         first, every = self.loaded["train"], self.loaded.values()
         self.kind = "regression" if first.labels.is_floating_point() else "classification"
         self.d_input, self.l_max = first.channels, max(int(d.lengths.max()) for d in every)
