@@ -233,6 +233,15 @@ def test_cache_is_keyed_on_every_option(tmp_path):
     assert len(set(pages)) == 5
 
 
+def test_a_ready_made_cache_where_one_may_only_read_is_used(tmp_path, monkeypatch):
+    made = Retrieval(data_dir=write(tmp_path / "aan")).prepare().cache
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert Retrieval(data_dir=tmp_path / "aan").prepare().cache == made and not (tmp_path / "own").exists()
+    other = Retrieval(data_dir=tmp_path / "aan", l_max=7).prepare().cache
+    assert tmp_path / "own" in other.parents and len(list((tmp_path / "aan").glob("lra-aan-*"))) == 1
+
+
 def test_damaged_cache(tmp_path):
     task = Retrieval(data_dir=write(tmp_path / "aan")).prepare()
     for name in ("tokens.npy", "pairs.pt", "manifest.json"):

@@ -8,7 +8,7 @@ __all__ = ['FILES', 'FIELDS', 'GLYPHS', 'ESCAPE', 'SPACED', 'JOINED', 'PROJECT',
            'store_pairs', 'PairDataset', 'pair_batch', 'render', 'sections', 'page_name', 'page_source', 'page_files',
            'manual_pages', 'role', 'draw_pairs', 'read_pages', 'Retrieval']
 
-# %% ../../nbs/5_data/44_retrieval.ipynb #fd702b07
+# %% ../../nbs/5_data/44_retrieval.ipynb #5840d419
 import gzip
 import hashlib
 import random
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .base import (SPLITS, DataModule, Progress, TaskCard, cache_base, cached_folder, data_root, dataset_dir,
+from .base import (SPLITS, DataModule, Progress, TaskCard, cached_folder, data_root, dataset_dir,
                             fingerprint, map_rows, new_rows, pad_batch, vocabulary)
 from .download import SOURCES, extract_lra, fetch, find_lra
 
@@ -308,7 +308,7 @@ CARDS = {"lra-aan": {"licence": "the papers' authors; by LRA's README only the i
                       "source": "Linux man-pages project; Debian packages manpages, manpages-dev",
                       "size": "prepared 6 MB"}}
 
-# %% ../../nbs/5_data/44_retrieval.ipynb #e958abd2
+# %% ../../nbs/5_data/44_retrieval.ipynb #965b117c
 class Retrieval(DataModule):
     """Does one document cite the other? Pairs of papers ("lra-aan"), or of installed manual pages ("manpages").
 
@@ -365,7 +365,7 @@ class Retrieval(DataModule):
         settings = {"what": "pairs 1", "name": self.name, "l_max": self.l_max, "bos": self.bos, "eos": self.eos,
                     "seed": None if self.aan else self.seed, "files": fingerprint(files, place)}
         base = dataset_dir("aan", self.data_dir) if self.aan else data_root() / "manpages"
-        self.cache, manifest = cached_folder(cache_base(base), self.name, settings, lambda tmp: self.make(tmp, place))
+        self.cache, manifest = cached_folder(base, self.name, settings, lambda tmp: self.make(tmp, place))
         self.facts, self.vocabulary = manifest["facts"], manifest["facts"]["vocabulary"]
         self.n_tokens = len(self.vocabulary)
         return self
