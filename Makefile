@@ -69,7 +69,7 @@ readme: $(VENV)/.installed
 
 lock: $(VENV)/.installed
 	@$(BIN)/python -m pip install -q uv -c constraints.txt
-	@echo uv | $(BIN)/uv pip compile -q setup.py - --extra train --extra keops --extra book --extra dev -c constraints.txt \
+	@echo uv | $(BIN)/uv pip compile -q --refresh-package s4nb setup.py - --extra train --extra keops --extra book --extra dev -c constraints.txt \
 		--universal --python-version 3.10 --no-header --no-annotate -o .lock
 	@{ grep '^#' constraints.txt; cat .lock; } > .lock.new && mv .lock.new constraints.txt && rm .lock
 
