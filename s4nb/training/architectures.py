@@ -222,7 +222,7 @@ class CustomLayer:
     def build(self, d_model, dropout=0.0, tie_dropout=False):
         return import_object(self.target, "model.layer.target")(d_model, **self.arguments)
 
-# %% ../../nbs/6_training/61_architectures.ipynb #2f6449d6
+# %% ../../nbs/6_training/61_architectures.ipynb #3fc5c44a
 def encoder_of(facts, d_model, position=None):
     "The encoder for these facts: a table for tokens, a linear map for signals; then perhaps positions (sin, learned)."
     tokens = facts.n_tokens is not None
@@ -230,13 +230,13 @@ def encoder_of(facts, d_model, position=None):
     return encoder if position is None else nn.Sequential(encoder, Positions(d_model, facts.l_max, position))
 
 
-def decoder_of(facts, d_model, mode):
+def decoder_of(facts, backbone, mode):
     "The decoder for these facts: pairs of sequences are compared; steps get an answer each; else `mode` reduces."
     if facts.pairs:
-        return PairDecoder(d_model, facts.d_output, mode)
+        return PairDecoder(backbone.d_output, facts.d_output, mode)
     if mode == "state":
-        return StateDecoder(d_model, facts.d_output)
-    return Decoder(d_model, facts.d_output, mode, facts.l_output or 0)
+        return StateDecoder(backbone, facts.d_output)
+    return Decoder(backbone.d_output, facts.d_output, mode, facts.l_output or 0)
 
 
 @dataclass
@@ -273,10 +273,9 @@ class SequenceBackbone:
             layers.append(lambda i: FFN(h, self.ff, dropout=self.dropout, tie_dropout=self.tie_dropout))
         backbone = SequenceModel(h, self.n_layers, layers, self.norm, self.prenorm, self.residual, self.dropout,
                                  self.tie_dropout, self.drop_path)
-        decoder = decoder_of(facts, backbone.d_output, self.decoder)
-        return Model(encoder_of(facts, h, self.position), backbone, decoder)
+        return Model(encoder_of(facts, h, self.position), backbone, decoder_of(facts, backbone, self.decoder))
 
-# %% ../../nbs/6_training/61_architectures.ipynb #97b1f24d
+# %% ../../nbs/6_training/61_architectures.ipynb #3799ffc6
 @dataclass
 class SaShiMiBackbone:
     "SaShiMi: an hourglass of residual blocks, tier k at 1/(pool_1 … pool_k) of the rate (unet: layers on both ways)."
@@ -298,7 +297,7 @@ class SaShiMiBackbone:
             self.d_model, self.n_layers, tuple(self.pool), self.expand, self.ff,
             lambda d: self.layer.build(d, self.dropout, self.tie_dropout), self.bidirectional,
             dropout=self.dropout, tie_dropout=self.tie_dropout)
-        return Model(encoder_of(facts, self.d_model), backbone, decoder_of(facts, self.d_model, self.decoder))
+        return Model(encoder_of(facts, self.d_model), backbone, decoder_of(facts, backbone, self.decoder))
 
 # %% ../../nbs/6_training/61_architectures.ipynb #d98fab25
 class Picture(nn.Module):
