@@ -25,7 +25,7 @@ def conjugate_half(K):
         mu = torch.cat([mu[keep], mu.new_zeros(n_zero // 2)])
     return mu[: N // 2], V[:, : N // 2]
 
-# %% ../../nbs/3_s4/11_nplr.ipynb #41156fa3
+# %% ../../nbs/3_s4/11_nplr.ipynb #b950c237
 def nplr(measure, N, rank=1):
     """Normal-plus-low-rank form of a HiPPO matrix in its unitary eigenbasis (S4, Theorem 1).
 
@@ -36,16 +36,18 @@ def nplr(measure, N, rank=1):
     """
     if N < 2 or N % 2:
         raise ValueError(f"nplr keeps one of each conjugate pair, so N must be even and at least 2; got N={N}")
-    A, B = transition(measure, N)
-    P = rank_correction(measure, N, rank)
-    S = A + P.T @ P
-    c = S.diagonal().mean()
-    K = (S - S.T) / 2
-    if (S - c * torch.eye(N, dtype=S.dtype) - K).abs().max() > 1e-9 * A.abs().max():
-        raise ValueError(f"{measure!r} with rank {rank} is not a multiple of the identity plus a skew matrix")
-    mu, V = conjugate_half(K)
+    device = torch.get_default_device()
+    with torch.device("cpu"):                    # the same eigenvectors on every machine, and none are needed on "meta"
+        A, B = transition(measure, N)
+        P = rank_correction(measure, N, rank)
+        S = A + P.T @ P
+        c = S.diagonal().mean()
+        K = (S - S.T) / 2
+        if (S - c * torch.eye(N, dtype=S.dtype) - K).abs().max() > 1e-9 * A.abs().max():
+            raise ValueError(f"{measure!r} with rank {rank} is not a multiple of the identity plus a skew matrix")
+        mu, V = conjugate_half(K)
     Lambda = torch.complex(c.expand(N // 2), mu)
-    return Lambda, P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype), V
+    return tuple(x.to(device) for x in (Lambda, P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype), V))
 
 # %% ../../nbs/3_s4/11_nplr.ipynb #36999145
 def real_ssm(Lambda, P, B, C):
