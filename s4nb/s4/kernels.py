@@ -361,7 +361,7 @@ class EMAKernel(Kernel):
         starts = {"delta": 0.2 * torch.randn(d_model, d_state), "alpha": 0.2 * torch.randn(d_model, d_state),
                   "beta": sign + 0.02 * torch.randn(d_model, d_state), "gamma": torch.randn(channels, d_model, d_state)}
         for name, value in starts.items():
-            self.register(name, value, o.lr, o.wd)
+            self.register(name, value, o.lr, 0.0 if o.wd is None else o.wd)   # an SSM: no decay unless asked for
 
     def discrete(self):
         "log q (h n), input weights p beta (h n), output weights gamma / sqrt n (c h n)."
