@@ -24,44 +24,42 @@ from .architectures import Facts
 from .configs import GROUPS, Experiment
 from .experiments import choices_of
 
-# %% ../../nbs/6_training/70_pretrained.ipynb #7acc5b5b
+# %% ../../nbs/6_training/70_pretrained.ipynb #38319fb8
 def plain(e):
-    "An Experiment as plain values: its fields, `choices` {group: name}, and the `version` of this package."
-    return {"version": __version__, "choices": choices_of(e), **dataclasses.asdict(e)}
+    "An Experiment as plain values: {version of this package, choices {group: name}, values (nested dicts)}."
+    return {"version": __version__, "choices": choices_of(e), "values": dataclasses.asdict(e)}
 
 
-def known(where, given, cls, version):
+def known(where, given, cls, saved):
     "Raises a ValueError if a dict of fields has one that a dataclass of ours has not."
     strange = [name for name in given if name not in {f.name for f in dataclasses.fields(cls)}]
     if strange:
-        raise ValueError(f"{where} has {strange[0]!r}, which s4nb {__version__} does not know; this was written by s4nb "
-                         f"{version or 'of an unknown version'}: install that version or a newer one")
+        raise ValueError(f"{where} has {strange[0]!r}, which s4nb {__version__} does not know; it was written by "
+                         f"s4nb {saved.get('version') or 'of an unknown version'}: install that one, or a newer")
 
 
-def part_of(values, group):
+def part_of(saved, group):
     "The dataclass in a group of what `plain` gave; None where its model has no such part."
-    if "choices" not in values:
-        raise ValueError("the description of the experiment has no 'choices': it was not written by s4nb.training")
-    name, given = values["choices"].get(group), values
+    name, given = saved["choices"][group], saved["values"]
     if name is None:
         return None
     for key in group.split("/"):
         given = given[key]
-    inner = {g.rpartition("/")[2]: g for g in GROUPS if g.rpartition("/")[0] == group}
     choice = GROUPS[group][one_of(f"choice of {group}", name, GROUPS[group])]
-    known(group, given, type(choice), values.get("version"))
-    fields = {key: part_of(values, inner[key]) if key in inner else value for key, value in given.items()}
-    return dataclasses.replace(copy.deepcopy(choice), **fields)
+    known(group, given, type(choice), saved)
+    inner = {key: f"{group}/{key}" for key in given if f"{group}/{key}" in GROUPS}
+    fields = {key: part_of(saved, inner[key]) if key in inner else value for key, value in given.items()}
+    return dataclasses.replace(copy.deepcopy(choice), **copy.deepcopy(fields))
 
 
-def experiment_of(values):
+def experiment_of(saved):
     "The Experiment that `plain` made into plain values (which may have been through json)."
-    groups = [g for g in GROUPS if "/" not in g]
-    fields = {key: value for key, value in values.items() if key not in ("version", "choices", *groups)}
-    known("the experiment", fields, Experiment, values.get("version"))
-    return Experiment(**copy.deepcopy(fields), **{group: part_of(values, group) for group in groups})
+    known("the experiment", saved["values"], Experiment, saved)
+    fields = {key: part_of(saved, key) if key in GROUPS else copy.deepcopy(value)
+              for key, value in saved["values"].items()}
+    return Experiment(**fields)
 
-# %% ../../nbs/6_training/70_pretrained.ipynb #99225d61
+# %% ../../nbs/6_training/70_pretrained.ipynb #b143a994
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LOCAL = {"output_dir": None, "wandb": None}  # of an Experiment; and dataset.data_dir, train.resume, train.pretrained
 
@@ -78,7 +76,7 @@ def portable(e):
 def description(e, facts, card=None):
     "What config.json says; card: of the run, for its result."
     found = {} if card is None else {key: card[key] for key in ("state", "test_accuracy", "result") if key in card}
-    return {"format": "s4nb", "version": __version__, "name": e.name, "about": e.about, "published": e.published,
+    return {"name": e.name, "about": e.about, "published": e.published,
             "ours": found, "facts": dataclasses.asdict(facts), "experiment": plain(portable(e))}
 
 
@@ -102,7 +100,7 @@ def save_pretrained(folder, model, experiment, facts, card=None):
 
     return write_atomically(folder, write)
 
-# %% ../../nbs/6_training/70_pretrained.ipynb #ebd01b46
+# %% ../../nbs/6_training/70_pretrained.ipynb #c6e31a71
 class Saved(NamedTuple):
     "What was saved: experiment and facts as plain dicts, tensors {name: tensor}, the file of the weights."
     experiment: dict
@@ -135,8 +133,8 @@ def read_folder(file):
         raise ValueError(f"{file} is damaged ({error}): fetch it again") from error
     except ValueError as error:
         raise ValueError(f"{config} is no json ({error}): fetch it again") from error
-    if not isinstance(values, dict) or values.get("format") != "s4nb":
-        raise ValueError(f"{config} was not written by save_pretrained: it has no \"format\": \"s4nb\"")
+    if not isinstance(values, dict) or not {"experiment", "facts"} <= set(values):
+        raise ValueError(f"{config} was not written by save_pretrained: it has no experiment and facts")
     return Saved(values["experiment"], values["facts"], tensors, file)
 
 
@@ -160,7 +158,7 @@ def read_saved(path):
     file = weights_file(path)
     return read_folder(file) if file.suffix == ".safetensors" else read_checkpoint(file)
 
-# %% ../../nbs/6_training/70_pretrained.ipynb #6f58be30
+# %% ../../nbs/6_training/70_pretrained.ipynb #dd304af0
 def mismatch(own, tensors):
     "The first difference between two dicts of tensors {name: tensor} in words, or None."
     for name in own.keys() | tensors.keys():
@@ -177,7 +175,7 @@ def mismatch(own, tensors):
 def build_saved(saved, l_max=None):
     "The Model of a Saved with its tensors, in evaluation mode; l_max as in from_pretrained."
     try:
-        known("facts", saved.facts, Facts, saved.experiment.get("version"))
+        known("facts", saved.facts, Facts, saved.experiment)
         config = part_of(saved.experiment, "model")
     except ValueError as error:
         raise ValueError(f"{saved.file}: {error}") from error
@@ -211,7 +209,7 @@ def from_pretrained(path, l_max=None):
     """
     return build_saved(read_saved(path), l_max)
 
-# %% ../../nbs/6_training/70_pretrained.ipynb #1b570ba0
+# %% ../../nbs/6_training/70_pretrained.ipynb #51fa8502
 def start_from(model, path):
     """Puts the weights saved at a path into a model for another task; returns what was done, in one line.
 
@@ -228,6 +226,6 @@ def start_from(model, path):
     model.load_state_dict(own | split(saved.tensors, False) | (split(saved.tensors, True) if not other_head else {}))
     for kernel, l in lengths:
         kernel.set_length(l)
-    name = saved.experiment.get("name", "?")
+    name = saved.experiment["values"]["name"]
     return f"starts from {saved.file} ({name}): " + (f"all weights but the decoder, which is new ({other_head})"
                                                      if other_head else "all weights")
