@@ -53,7 +53,7 @@ class Facts:
         "The facts of a prepared DataModule."
         return cls(data.kind, data.n_tokens, data.d_input, data.d_output, data.l_max, data.l_output, data.pairs)
 
-# %% ../../nbs/6_training/61_architectures.ipynb #937071d1
+# %% ../../nbs/6_training/61_architectures.ipynb #6c1edecb
 @dataclass
 class S4Layer:
     "S4: a diagonal plus low-rank state matrix (DPLR), the Cauchy kernel."
@@ -72,7 +72,8 @@ class S4Layer:
     real_transform: str = "exp"
     imag_transform: str = "none"
     bandlimit: Optional[float] = None
-    lr: Dict[str, Optional[float]] = field(default_factory=lambda: {"dt": None, "A": 1e-3, "B": 1e-3, "C": None})
+    lr: Dict[str, Optional[float]] = field(default_factory=lambda: {"dt": 1e-3, "A": 1e-3, "B": 1e-3, "C": None})
+    wd: Dict[str, Optional[float]] = field(default_factory=lambda: {"dt": 0.0, "A": 0.0, "B": 0.0, "C": None})
     activation: Optional[str] = "gelu"
     mult_act: Optional[str] = None
     final_act: Optional[str] = "glu"
@@ -95,6 +96,7 @@ class LSSLLayer:
     d_state: int = 64
     measure: str = "legs"
     learn: List[str] = field(default_factory=lambda: ["A", "B", "dt"])
+    n_ssm: Optional[int] = None
     channels: int = 1
     bidirectional: bool = False
     dt_min: float = 1e-3

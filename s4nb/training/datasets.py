@@ -209,7 +209,7 @@ class ReconstructData(Data):
     def build(self):
         return Reconstruct(**self.options())
 
-# %% ../../nbs/6_training/73_datasets.ipynb #3814cf9b
+# %% ../../nbs/6_training/73_datasets.ipynb #e5fba6a9
 @dataclass
 class PenData(Data):
     "Handwritten characters as pen strokes (character-trajectories), or our own copies of them (pen-twin)."
@@ -227,14 +227,15 @@ class PenData(Data):
 
 @dataclass
 class NextStepData(Data):
-    "Next-step prediction over another task, `of`: tokens as they are, signals in `levels` steps (mu-law, linear)."
+    "Next-step prediction over another task, `of`; quantize: mu-law or linear (a signal), `levels` of it."
     of: str = "digits"
     options_of: Dict[str, Any] = field(default_factory=dict)
     quantize: Optional[str] = None
     levels: int = 256
+    start: int = 0
 
     def build(self):
-        return NextStep(task(self.of, **self.options_of), levels=self.levels, quantize=self.quantize)
+        return NextStep(task(self.of, **self.options_of), self.levels, self.quantize, self.start)
 
 
 @dataclass
