@@ -1,4 +1,4 @@
-"""Parameter groups against the rules of the experiments, under every optimiser; Lamb against a loop and torch's Adam."""
+"""Parameter groups against the experiments' rules, under every optimiser; Lamb against a loop and torch's Adam."""
 import copy
 import io
 
@@ -44,7 +44,7 @@ def test_each_trained_parameter_is_in_exactly_one_group(mode):
     assert set(by_name(groups)) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert len({(g["lr"], g["weight_decay"]) for g in groups}) == len(groups)
     for name, (lr, decay) in by_name(groups).items():
-        spared = any(s in name for s in (".kernel.", "norm", "bias")) and not name.endswith("kernel.K")  # K: plain weights
+        spared = any(s in name for s in (".kernel.", "norm", "bias")) and not name.endswith("kernel.K")  # K: weights
         assert decay == (0.0 if spared else 0.05), name
 
 
@@ -54,8 +54,9 @@ def test_named_rates_leave_C_and_dt_at_the_global_one():
     for name in ("A_real", "A_imag", "P", "B"):
         assert options[kernel + name] == (1e-3, 0.0)
     assert options[kernel + "inv_dt"] == options[kernel + "C"] == (0.01, 0.0)
-    assert options["backbone.layers.1.layer.D"] == options["encoder.weight"] == options["decoder.linear.bias"] == (0.01, 0.05)
-    assert options["backbone.layers.0.layer.mix.0.weight"] == (0.01, 0.05)
+    for name in ("backbone.layers.1.layer.D", "backbone.layers.0.layer.mix.0.weight", "encoder.weight",
+                 "decoder.linear.bias"):
+        assert options[name] == (0.01, 0.05), name
     assert options["backbone.layers.0.layer.mix.0.bias"] == options["backbone.layers.1.norm.weight"] == (0.01, 0.0)
 
 
@@ -80,8 +81,9 @@ def test_kernels_on_two_axes_do_not_decay():
     assert inner == {(0.01, 0.0)} and sum("kernel" in name for name in options) >= 10
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.BatchNorm2d(4), nn.InstanceNorm1d(4, affine=True),
-                                  nn.Embedding(3, 4), nn.EmbeddingBag(3, 4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.BatchNorm2d(4),
+                                  nn.InstanceNorm1d(4, affine=True), nn.Embedding(3, 4), nn.EmbeddingBag(3, 4)],
+                         ids=lambda m: type(m).__name__)
 def test_normalisations_and_embeddings_do_not_decay(norm):
     groups = param_groups(norm, 0.01, 0.05)
     assert len(groups) == 1 and groups[0]["weight_decay"] == 0.0 and groups[0]["lr"] == 0.01
@@ -114,7 +116,7 @@ def test_copies_keep_their_options():
 def test_a_misspelt_option_is_an_error():
     layer = nn.Linear(2, 2)
     layer.param_options = {"weight": {"wd": 0.0}}
-    with pytest.raises(ValueError, match=r"Linear.param_options\['weight'\] may hold lr and weight_decay, but holds wd"):
+    with pytest.raises(ValueError, match=r"Linear.param_options\['weight'\] may hold .* weight_decay, but holds wd"):
         param_groups(layer, 0.01, 0.05)
 
 
@@ -137,7 +139,7 @@ def test_ssm_parameters_never_decay(name, mode):
     layer = S4Block(4, d_state=4, mode=mode, **given)
     groups = param_groups(layer, 0.01, 0.05)
     optimizer = OPTIMIZERS[name](groups)
-    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(g["lr"], g["weight_decay"]) for g in groups]
+    assert by_name(optimizer.param_groups) == by_name(groups)
     before = {n: p.detach().clone() for n, p in layer.named_parameters()}
     for _ in range(3):
         for p in layer.parameters():
@@ -198,7 +200,8 @@ def test_lamb_is_algorithm_2(given):
         optimizer.step()
     (beta1, beta2), rest = values.pop("betas"), values
     for p, x, g in zip(params, starts, gradients):
-        np.testing.assert_allclose(p.detach().numpy(), by_hand(x, g, beta1=beta1, beta2=beta2, **rest), rtol=1e-11, atol=1e-13)
+        expected = by_hand(x, g, beta1=beta1, beta2=beta2, **rest)
+        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-11, atol=1e-13)
 
 
 def test_lamb_goes_in_adams_direction():
@@ -265,8 +268,8 @@ def test_lamb_learns():
     assert losses[-1] < 0.01 * losses[0]
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": -1e-6}, {"weight_decay": -0.1}, {"largest": 0.0}, {"betas": (1.0, 0.9)},
-                                   {"betas": (0.9, -0.1)}], ids=str)
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": -1e-6}, {"weight_decay": -0.1}, {"largest": 0.0},
+                                   {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}], ids=str)
 def test_lamb_refuses_values_outside_their_range(wrong):
     with pytest.raises(ValueError, match=f"Lamb takes .* {next(iter(wrong))}="):
         Lamb([nn.Parameter(torch.zeros(1))], **wrong)

@@ -8,14 +8,15 @@ import torch
 from torch.optim import lr_scheduler
 
 from s4nb.training import schedules
-from s4nb.training.schedules import (constant, cosine, cosine_epochs, cosine_warmup, follow, half_cosine, linear, multistep,
-                                     step)
+from s4nb.training.schedules import (constant, cosine, cosine_epochs, cosine_warmup, follow, half_cosine, linear,
+                                     multistep, step)
 
 RATES = (0.01, 0.001)
 ALL = {
-    "constant": partial(constant, warmup=7), "linear": partial(linear, total=40, warmup=7), "cosine": partial(cosine, total=40, least=0.2),
-    "cosine_warmup": partial(cosine_warmup, warmup=7, total=40), "step": partial(step, size=9, gamma=0.5),
-    "multistep": partial(multistep, milestones=[4, 5, 31], gamma=0.5), "cosine_epochs": partial(cosine_epochs, t_initial=40, warmup_t=7),
+    "constant": partial(constant, warmup=7), "linear": partial(linear, total=40, warmup=7),
+    "cosine": partial(cosine, total=40, least=0.2), "cosine_warmup": partial(cosine_warmup, warmup=7, total=40),
+    "step": partial(step, size=9, gamma=0.5), "multistep": partial(multistep, milestones=[4, 5, 31], gamma=0.5),
+    "cosine_epochs": partial(cosine_epochs, t_initial=40, warmup_t=7),
 }
 
 
@@ -60,7 +61,8 @@ def after_warmup(w, then):
     (partial(step, size=1, gamma=1.01), lambda o: lr_scheduler.ExponentialLR(o, 1.01)),
     (partial(multistep, milestones=[3, 4, 50]), lambda o: lr_scheduler.MultiStepLR(o, [3, 4, 50])),
     (partial(multistep, milestones=[10], gamma=0.7), lambda o: lr_scheduler.MultiStepLR(o, [10], 0.7)),
-], ids=["constant", "warmup", "linear", "polynomial", "linear_warmup", "cosine", "cosine_warmup", "step", "exponential", "multistep", "gamma"])
+], ids=["constant", "warmup", "linear", "polynomial", "linear_warmup", "cosine", "cosine_warmup",
+        "step", "exponential", "multistep", "gamma"])
 def test_equals_torchs_own(factor, theirs):
     same(rates(lambda o: follow(o, factor)), rates(theirs))
 
@@ -78,12 +80,14 @@ def test_cosine_warmup_closed_form_and_defaults():
     assert factors[110:] == pytest.approx([0.0] * 20, abs=1e-15)
     assert cosine_warmup(500) == 0.5 and cosine_warmup(1000) == 1.0 and cosine_warmup(20_500) == pytest.approx(0.5)
     assert cosine_warmup(40_000) == pytest.approx(0.0, abs=1e-15)
-    assert cosine_warmup(5, 0, 10) == pytest.approx(0.5) and cosine_warmup(10, 10, 10) == 1.0 and cosine_warmup(11, 10, 10) == 0.0
+    assert cosine_warmup(5, 0, 10) == pytest.approx(0.5)
+    assert cosine_warmup(10, 10, 10) == 1.0 and cosine_warmup(11, 10, 10) == 0.0
 
 
 def test_edges():
     assert constant(0) == constant(10**9) == 1.0 and constant(0, 1) == 0.0 and constant(1, 1) == 1.0
-    assert [linear(t, 1) for t in range(3)] == [1.0, 0.0, 0.0] and [linear(t, 2, warmup=2) for t in range(4)] == [0.0, 0.5, 0.0, 0.0]
+    assert [linear(t, 1) for t in range(3)] == [1.0, 0.0, 0.0]
+    assert [linear(t, 2, warmup=2) for t in range(4)] == [0.0, 0.5, 0.0, 0.0]
     assert half_cosine(0) == 1.0 and half_cosine(1.0) == half_cosine(7.0) == 0.0
     assert cosine(10**9, 5, least=1.0) == 1.0 and multistep(0, []) == 1.0
     assert [multistep(t, (1, 3), 0.5) for t in range(5)] == [1.0, 0.5, 0.5, 0.25, 0.25]
@@ -102,14 +106,16 @@ def test_it_starts_at_zero_and_the_first_update_does_nothing():
 
 def test_timm_cosine_of_listops_small():
     "timm's rule spelt out as learning rates: 40 epochs of warm-up, so the cosine of 40 epochs is never reached."
-    make = lambda o: follow(o, partial(cosine_epochs, t_initial=40, warmup_t=40, warmup_lr=1e-6, lr_min=1e-5), absolute=True)
+    factor = partial(cosine_epochs, t_initial=40, warmup_t=40, warmup_lr=1e-6, lr_min=1e-5)
+    make = lambda o: follow(o, factor, absolute=True)
     expected = [[1e-6 + t * ((lr - 1e-6) / 40) for lr in RATES] if t < 40 else [1e-5, 1e-5] for t in range(60)]
     same(rates(make), expected, rel=1e-12)
     assert rates(make)[0] == pytest.approx([1e-6, 1e-6], rel=1e-12)
 
 
 def test_timm_cosine_counts_from_epoch_zero():
-    make = lambda o: follow(o, partial(cosine_epochs, t_initial=30, warmup_t=6, warmup_lr=1e-4, lr_min=1e-5), absolute=True)
+    factor = partial(cosine_epochs, t_initial=30, warmup_t=6, warmup_lr=1e-4, lr_min=1e-5)
+    make = lambda o: follow(o, factor, absolute=True)
     expected = []
     for t in range(60):
         if t < 6: expected.append([1e-4 + (lr - 1e-4) * t / 6 for lr in RATES])
@@ -121,7 +127,8 @@ def test_timm_cosine_counts_from_epoch_zero():
 
 
 def test_timm_cosine_of_a_group_slower_than_the_floor():
-    got = rates(lambda o: follow(o, partial(cosine_epochs, t_initial=10, lr_min=1e-3), absolute=True), 12, of=(0.01, 1e-4))
+    factor = partial(cosine_epochs, t_initial=10, lr_min=1e-3)
+    got = rates(lambda o: follow(o, factor, absolute=True), 12, of=(0.01, 1e-4))
     assert got[0] == pytest.approx([0.01, 1e-4]) and got[11] == pytest.approx([1e-3, 1e-3])
 
 
