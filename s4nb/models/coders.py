@@ -17,7 +17,7 @@ from .backbone import refuse
 from .check import limits
 from ..module import SequenceModule, check_input, length_mask, mask_padding, one_of, refuse_rate
 
-# %% ../../nbs/4_models/23_coders.ipynb #1a0b4c45
+# %% ../../nbs/4_models/23_coders.ipynb #e63ed002
 class TokenEncoder(nn.Embedding):
     "Tokens (b l) int → (b l d_model): a table of n_tokens rows."
     param_options = {"weight": {}}
@@ -36,7 +36,8 @@ class OneHotEncoder(nn.Module):
         super().__init__()
         if d_model is not None and d_model < n_tokens:
             raise ValueError(f"{n_tokens} tokens need as many features, but d_model={d_model}; use TokenEncoder")
-        self.register_buffer("rows", torch.eye(n_tokens, d_model), persistent=False)  # has the model's dtype and device
+        rows = torch.eye(n_tokens, n_tokens if d_model is None else d_model)
+        self.register_buffer("rows", rows, persistent=False)  # as a buffer they have the model's dtype and device
 
     def forward(self, x):
         return F.embedding(check_tokens(x), self.rows)
@@ -102,9 +103,9 @@ class Positions(SequenceModule):
     def default_state(self, *batch, device=None):
         return torch.zeros(*batch, dtype=torch.double, device=device)
 
-# %% ../../nbs/4_models/23_coders.ipynb #8bd5f579
+# %% ../../nbs/4_models/23_coders.ipynb #bf8cd6ec
 class TimeEncoder(nn.Module):
-    """Samples whose first feature is the time they were taken at, (… 1 + d) → encoder(the other d) + sinusoids(time / unit).
+    """Samples (… 1 + d), the time they were taken at and d others → encoder(others) + sinusoids(time / unit).
 
     encoder: maps (… d) to (… d_model), each position by itself."""
 
