@@ -76,7 +76,7 @@ class RMSprop:
     def build(self, groups):
         return torch.optim.RMSprop(groups, self.lr, self.alpha, weight_decay=self.weight_decay, momentum=self.momentum)
 
-# %% ../../nbs/6_training/62_configs.ipynb #3a2fbd1b
+# %% ../../nbs/6_training/62_configs.ipynb #7e91f329
 def by_step(optimizer, factor):
     "Lightning's configuration of a schedule that moves with each optimiser step."
     return {"scheduler": follow(optimizer, factor), "interval": "step"}
@@ -109,11 +109,13 @@ class CosineWarmup:
 
 @dataclass
 class Linear:
-    "A straight line from the learning rate to zero at step `total` (null: the length of the run)."
+    "A line up over `warmup` steps, a line down to zero at step `total` (null: the length of the run)."
+    warmup: int = 0
     total: Optional[int] = None
 
     def build(self, optimizer, total, train=None):
-        return by_step(optimizer, partial(linear, total=self.total or total))
+        total = self.total or total
+        return by_step(optimizer, partial(linear, warmup=min(self.warmup, total), total=total))
 
 
 @dataclass
@@ -164,7 +166,7 @@ class CosineEpochs:
     t_initial: int = 300
     warmup_t: int = 10
     warmup_lr: float = 1e-6
-    lr_min: float = 1e-6
+    lr_min: float = 1e-5
 
     def build(self, optimizer, total, train=None):
         factor = partial(cosine_epochs, **vars(self))
