@@ -48,7 +48,7 @@ def pad_pairs(items):
     x, _, lengths, _ = pad_batch([(x, 0) for x in xs])
     return Batch(x, pad_sequence(ys, batch_first=True, padding_value=IGNORE), lengths)
 
-# %% ../../nbs/6_training/58_next_step.ipynb #e7703e4d
+# %% ../../nbs/6_training/58_next_step.ipynb #876d4994
 def mu_law(z, levels=256):
     """The codes 0 … levels − 1 (int64) of z in [−1, 1], what lies beyond is cut: ln(1 + μ|z|) in equal steps, μ = levels − 1."""
     mu, z = levels - 1, z.clamp(-1, 1)
@@ -59,8 +59,8 @@ def mu_law(z, levels=256):
 def mu_expand(tokens, levels=256):
     """The amplitudes in [−1, 1], float32, that the codes of `mu_law` stand for."""
     mu = levels - 1
-    F = 2 * tokens.float() / mu - 1
-    return F.sign() * torch.expm1(F.abs() * math.log1p(mu)) / mu
+    F = 2 * tokens.double() / mu - 1
+    return (F.sign() * torch.expm1(F.abs() * math.log1p(mu)) / mu).clamp(-1, 1).float()    # rounding must not pass 1
 
 
 def equal_steps(z, levels=256):
