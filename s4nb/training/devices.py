@@ -52,7 +52,7 @@ def deals(order, batch_size, rank, world):
     whole = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return whole[rank::world] if len(whole) >= world else [order[rank::world]]  # no process may be without a batch
 
-# %% ../../nbs/6_training/74_devices.ipynb #8da0d7f7
+# %% ../../nbs/6_training/74_devices.ipynb #acf784ba
 class Drawn(Dataset):
     "A dataset whose item i draws its random numbers from torch's generator seeded by (seed, epoch, i)."
 
@@ -85,7 +85,7 @@ class Batches:
     def __init__(self, data, split, batch_size, seed=0, bucket=1, workers=0, rate=1, accumulate=1, rank=None, world=None):
         self.data, self.split, self.batch_size, self.seed, self.bucket = data, split, batch_size, seed, bucket
         self.workers, self.rate, self.accumulate, self.place = workers, rate, accumulate, (rank, world)
-        self.epoch, self.begin, self.given, self.sampler = 0, 0, 0, self
+        self.epoch, self.begin, self.given, self.sampler, self.batch_sampler = 0, 0, 0, self, None
         self.dataset = data.dataset(split)
 
     def set_epoch(self, epoch):
