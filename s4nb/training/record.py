@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'ERRORS', 'SHARES', 'BEGIN', 'END', 'HEAD', 'new_folder', 'save_text', 'save_card', 'load_card', 'commit',
-           'processor', 'versions', 'Record', 'save_rows', 'load_rows', 'kept_rows', 'answers', 'blind_class',
-           'blind_number', 'blind', 'column', 'first_above_chance', 'series', 'draw_panel', 'learning_curve',
-           'save_curve', 'wandb_id', 'loggers', 'end_wandb', 'sameness', 'scores', 'show', 'duration', 'each',
-           'one_a_seed', 'guess_of', 'row_of', 'markdown_table', 'report', 'write_report']
+           'processor', 'versions', 'Record', 'save_rows', 'load_rows', 'answers', 'blind_class', 'blind_number',
+           'blind', 'column', 'first_above_chance', 'series', 'draw_panel', 'learning_curve', 'save_curve', 'wandb_id',
+           'loggers', 'end_wandb', 'sameness', 'scores', 'show', 'duration', 'each', 'one_a_seed', 'guess_of', 'row_of',
+           'markdown_table', 'report', 'write_report']
 
 # %% ../../nbs/6_training/64_record.ipynb #efc7abd3
 import csv
@@ -121,7 +121,7 @@ class Record:
             save_card(self.folder, self.card)
         return self.card
 
-# %% ../../nbs/6_training/64_record.ipynb #0b67a78d
+# %% ../../nbs/6_training/64_record.ipynb #8ab3631e
 def save_rows(path, rows):
     "Writes a list of dicts as CSV; the columns are all keys in order of appearance."
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -138,13 +138,7 @@ def load_rows(path):
     with open(path, newline="") as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
-
-def kept_rows(path, epochs):
-    "The rows of metrics.csv that a run resumed after so many whole epochs keeps; [] where there is no file."
-    rows = load_rows(path) if Path(path).exists() else []
-    return [row | {"epoch": int(row["epoch"])} for row in rows if row["epoch"] <= epochs]
-
-# %% ../../nbs/6_training/64_record.ipynb #4aa8f9f1
+# %% ../../nbs/6_training/64_record.ipynb #14b01b0d
 def answers(data, split, most=2000):
     "The labels of a split; where it has none, the answers of its first `most` examples, which are made or read for this."
     dataset = data.dataset(split)
@@ -186,20 +180,18 @@ def column(chance, metrics):
     return "loss" if chance["metric"] == "mse" and "mse" not in metrics else chance["metric"]
 
 
-def first_above_chance(rows, chance, n=None):
+def first_above_chance(rows, chance):
     """The first epoch whose val/accuracy lies two standard errors above (val/mse: below) the blind guess, or None.
 
     rows: of metrics.csv; chance: blind(data, "val").
     """
-    if n is not None:
-        chance = {"metric": "accuracy", "score": chance, "error": math.sqrt(chance * (1 - chance) / n)}
     name = "val/" + column(chance, {key.rpartition("/")[2] for row in rows for key in row})
     sign = -1 if chance["metric"] == "mse" else 1
     bar = sign * chance["score"] + 2 * chance["error"]
     above = (row.get("epoch", i) for i, row in enumerate(rows, 1) if name in row and sign * row[name] > bar)
     return next(above, None)
 
-# %% ../../nbs/6_training/64_record.ipynb #d42ee9b9
+# %% ../../nbs/6_training/64_record.ipynb #7480595a
 COLOURS = {"train": "#0072B2", "val": "#D55E00"}
 ERRORS = ("loss", "mse", "mae", "rmse", "ppl", "bits")  # the smaller, the better
 
@@ -246,7 +238,6 @@ def learning_curve(rows, chance=None, title=""):
 
 def save_curve(folder, chance=None, title=""):
     "Writes curve.png from the folder's metrics.csv; chance: blind(data, \"val\")."
-    chance = {"metric": "accuracy", "score": chance} if isinstance(chance, float) else chance
     figure = learning_curve(load_rows(Path(folder) / "metrics.csv"), chance, title)
     return write_atomically(Path(folder) / "curve.png", lambda tmp: figure.savefig(tmp, format="png"))
 
