@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHECKED', 'TOLERANCE', 'nucleus', 'choose', 'require_steps', 'each_step', 'evaluating', 'stepper', 'check_steps',
-           'first_steps', 'generate', 'probe', 'forecast', 'save_wav']
+           'first_steps', 'check_tokens', 'generate', 'probe', 'forecast', 'save_wav']
 
-# %% ../../nbs/6_training/69_generation.ipynb #17804fb9
+# %% ../../nbs/6_training/69_generation.ipynb #593a5354
 import io
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..data.audio import optional
 from ..data.base import write_atomically
@@ -114,17 +115,25 @@ def check_steps(model, x, tol=None, rate=1.0):
                          "was trained for; look for a layer whose step leaves something out (s4nb.models.check_model)")
     return error
 
-# %% ../../nbs/6_training/69_generation.ipynb #f1f8ab6f
+# %% ../../nbs/6_training/69_generation.ipynb #4aaf8a43
 def first_steps(prompt, n, start, device):
-    """x (n 1+p): `start`, then the prompt (p), the same for all n, or (n p); None: nothing."""
+    """x (n 1+p): `start`, then the prompt (p), the same for all n, or (n p); None: nothing more."""
     if prompt is None: return torch.full((n or 1, 1), start, device=device)
     prompt = torch.as_tensor(prompt, device=device)
+    if not prompt.numel(): prompt = prompt.long()                       # an empty list
     if prompt.is_floating_point() or prompt.ndim not in (1, 2):
         raise ValueError(f"a prompt is tokens (p) or (n p), whole numbers; got {prompt.dtype} {tuple(prompt.shape)}")
     if prompt.ndim == 2 and n not in (None, len(prompt)):
         raise ValueError(f"{len(prompt)} prompts for n={n} sequences: give one prompt (p), or n of them")
     rows = prompt.expand(n or 1, -1) if prompt.ndim == 1 else prompt
     return F.pad(rows.long(), (1, 0), value=start)
+
+
+def check_tokens(model, x):
+    """Tokens that the model's table of tokens does not hold → ValueError."""
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    if bad := x[(x < 0) | (x >= tables[0])].tolist() if tables else []:
+        raise ValueError(f"the token {bad[0]} is unknown to the model: it has {tables[0]}, from 0 on")
 
 
 def generate(model, prompt=None, steps=100, n=None, temperature=1.0, top_p=1.0, seed=0, rate=1.0, start=0, check=True):
@@ -140,6 +149,7 @@ def generate(model, prompt=None, steps=100, n=None, temperature=1.0, top_p=1.0, 
     if steps < 1 or n is not None and n < 1: raise ValueError(f"steps={steps}, n={n}: at least 1 of each")
     device = next(model.parameters()).device
     x, step = first_steps(prompt, n, start, device), stepper(model, rate)
+    check_tokens(model, x)
     numbers = [torch.rand(steps, dtype=torch.float64, generator=seeded("generate", seed, i)) for i in range(len(x))]
     u, tokens = 1 - torch.stack(numbers, 1).to(device), torch.empty(steps, len(x), dtype=torch.int64, device=device)
     with evaluating(model):
@@ -183,7 +193,7 @@ def forecast(model, x, steps, rate=1.0, check=True):
             found.append(y)
     return torch.stack(found, 1)
 
-# %% ../../nbs/6_training/69_generation.ipynb #11d38252
+# %% ../../nbs/6_training/69_generation.ipynb #57cccaa5
 def save_wav(path, sound, rate, levels=256):
     """Write a mono 16-bit wav file, whole or not at all. -> the path
 
@@ -191,10 +201,12 @@ def save_wav(path, sound, rate, levels=256):
     """
     sound = torch.as_tensor(sound).detach().cpu()
     if sound.ndim != 1 or not len(sound): raise ValueError(f"one sound (l) at a time; got the shape {tuple(sound.shape)}")
-    x = sound if sound.is_floating_point() else mu_expand(sound, levels)
-    if not x.abs().max() <= 1:
-        raise ValueError(f"amplitudes have to lie in −1…1, the largest is {x.abs().max():.3g}: divide by it"
-                         if sound.is_floating_point() else f"tokens up to {sound.max()}: {levels} levels end at {levels - 1}")
+    low, high, real = sound.min().item(), sound.max().item(), sound.is_floating_point()
+    if real and not -1 <= low <= high <= 1:
+        raise ValueError(f"amplitudes lie in −1…1, the largest is {sound.abs().max():.3g}: divide by it")
+    if not real and not 0 <= low <= high < levels:
+        raise ValueError(f"tokens {low}…{high} are no codes of {levels} levels, 0…{levels - 1}")
+    x = sound if real else mu_expand(sound, levels)
     soundfile, file = optional("soundfile"), io.BytesIO()
     soundfile.write(file, (x.double() * 32767).round().short().numpy(), int(rate), subtype="PCM_16", format="WAV")
     return write_atomically(path, lambda tmp: tmp.write_bytes(file.getvalue()))
