@@ -16,7 +16,7 @@ from .architectures import MISSING
 from .configs import GROUPS, Experiment
 from .tables import EXPERIMENTS
 
-# %% ../../nbs/6_training/66_experiments.ipynb #1df78804
+# %% ../../nbs/6_training/66_experiments.ipynb #a9f23152
 def part(e, group):
     "The part of an experiment that a group such as model/layer fills; None where its model has no such part."
     for name in group.split("/"):
@@ -47,7 +47,8 @@ def differences(e, group, name):
 def node_of(e, chosen=None):
     """The Hydra node of an Experiment: its choices as overrides of the defaults list, then its differences.
 
-    chosen: choices that replace the experiment's, {group: name}; differences that they have no field for are left out.
+    chosen: choices that replace the experiment's, {group: name}; differences that they have no such field for are left
+    out (the rates of S4's parameters, where LSSL has one rate).
     """
     own, chosen = choices_of(e), chosen or {}
     node = {"defaults": [{f"override /{group}": name} for group, name in own.items()],
@@ -60,7 +61,8 @@ def node_of(e, chosen=None):
         fields = vars(GROUPS[group][chosen.get(group) or name]) if name else {}
         changed = differences(e, group, name) if name else {}
         if name:
-            parent[last] = {key: copy.deepcopy(value) for key, value in changed.items() if key in fields}
+            parent[last] = {key: copy.deepcopy(value) for key, value in changed.items()
+                            if key in fields and isinstance(value, dict) == isinstance(fields[key], dict)}
     return node
 
 # %% ../../nbs/6_training/66_experiments.ipynb #19649754

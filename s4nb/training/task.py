@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'LOSSES', 'AUTO', 'METRICS', 'NonFiniteLoss', 'first_bad_parameter', 'require_finite', 'set_length',
-           'cross_entropy', 'label_smoothing', 'binary_cross_entropy', 'BitsPerStep', 'count', 'step_seed', 'Task']
+           'cross_entropy', 'label_smoothing', 'binary_cross_entropy', 'BitsPerStep', 'count', 'step_seed', 'shared',
+           'Task']
 
 # %% ../../nbs/6_training/59_task.ipynb #c3c988da
 import hashlib
@@ -12,6 +13,7 @@ import math
 
 import lightning as L
 import torch
+from torch import distributed as dist
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
@@ -106,7 +108,17 @@ def step_seed(*numbers):
     "A seed in [0, 2^63) that is a hash of whole numbers."
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
-# %% ../../nbs/6_training/59_task.ipynb #87f02e73
+
+def shared(loss, n):
+    """The mean loss over this process's n answers, weighted such that the mean over the processes, which is what their
+    gradients are averaged to, is that over all their answers; not finite in any process if it is not in one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return loss
+    total = torch.stack([n, 0 * loss.detach()])  # 0 · inf is not a number
+    dist.all_reduce(total)
+    return loss * (n * dist.get_world_size() / total[0]) + total[1]
+
+# %% ../../nbs/6_training/59_task.ipynb #6b008726
 class Task(L.LightningModule):
     """Trains and evaluates a Model on Batches (x, y, lengths, rate).
 
@@ -120,10 +132,10 @@ class Task(L.LightningModule):
         self.model, self.facts, self.make_optimizer, self.make_scheduler = model, facts, optimizer, scheduler
         automatic, usual = AUTO[one_of("kind", facts.kind, AUTO)]
         self.loss = LOSSES[one_of("train.loss", automatic if loss == "auto" else loss, LOSSES)]
-        self.seed, self.rates = seed, list(rates)
+        self.seed, self.rates, self.batch = seed, list(rates), 0
         self.metrics = [one_of("metric in train.metrics", name, METRICS) for name in dict.fromkeys([*usual, *metrics])]
         places = ["train", *(self.place(s, i) for s in ("val", "test") for i in range(len(rates)))]
-        self.meters = torch.nn.ModuleDict({f"{place}/loss": MeanMetric() for place in places})
+        self.meters = torch.nn.ModuleDict({f"{place}/loss": MeanMetric(nan_strategy="disable") for place in places})
         self.meters.update({f"{place}/{name}": METRICS[name](facts) for place in places for name in self.metrics})
         for meter in self.meters.values():
             meter.persistent(True)
@@ -136,12 +148,15 @@ class Task(L.LightningModule):
         return stage if i == 0 else f"{stage}/{self.rates[i]}"
 
     def measure(self, place, outputs, y):
-        "The loss, counted with the metrics of `place`."
+        "The loss, counted with the metrics of `place`; in training it must be finite and is that of all processes."
         loss = self.loss(outputs, y)
-        answers = (y != IGNORED).sum() if not y.is_floating_point() else torch.tensor(float(len(y)))
+        answers = ((y != IGNORED).sum() if not y.is_floating_point() else torch.tensor(len(y))).to(loss)
         self.meters[f"{place}/loss"].update(loss.detach(), answers)
         for name in self.metrics:
             count(self.meters[f"{place}/{name}"], outputs.detach(), y)
+        if place == "train":
+            loss = shared(loss, answers)
+            require_finite(loss, self.model, self.global_step, self.batch)
         return loss
 
     def report(self, place):
@@ -155,14 +170,15 @@ class Task(L.LightningModule):
             self.meters[f"train/{name}"].reset()
 
     def on_train_batch_start(self, batch, index):
+        self.batch = index
         torch.manual_seed(step_seed(self.seed, self.current_epoch, index, self.global_rank))
 
     def training_step(self, batch, index):
         x, y, lengths, rate = batch
-        loss = self.measure("train", self(x, lengths, rate), y)
-        require_finite(loss, self.model, self.global_step, index)
+        return self.measure("train", self(x, lengths, rate), y)
+
+    def on_train_epoch_end(self):  # not in each step: a run that resumes before its validation has none left
         self.report("train")
-        return loss
 
     def evaluate(self, stage, batch, i):
         x, y, lengths, rate = batch
