@@ -57,15 +57,21 @@ class Keep(L.Callback):
     def on_save_checkpoint(self, trainer, module, checkpoint):
         checkpoint["s4nb"] = self.kept
 
-# %% ../../nbs/6_training/67_resume.ipynb #a2f23018
+# %% ../../nbs/6_training/67_resume.ipynb #b3b56f12
 class History(Checkpoint):
     "The metrics of each epoch as rows of metrics.csv; checkpoints hold them, so that a resumed run loses or doubles none."
 
     def __init__(self, folder):
         self.path, self.rows, self.begin = Path(folder) / "metrics.csv", [], time.monotonic()
+        self.evaluated = None  # the last epoch that was
+
+    def on_validation_end(self, trainer, module):
+        self.evaluated = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer, module):
         logged = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
+        if self.evaluated != trainer.current_epoch:  # Lightning keeps the metrics of the evaluation before
+            logged = {name: value for name, value in logged.items() if not name.startswith("val/")}
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step,
                "seconds": round(time.monotonic() - self.begin, 1), "lr": trainer.optimizers[0].param_groups[0]["lr"]}
         self.rows.append(row | dict(sorted(logged.items())))
@@ -80,7 +86,7 @@ class History(Checkpoint):
             self.rows = list(checkpoint["history"]["rows"])
             self.begin = time.monotonic() - checkpoint["history"]["seconds"]
 
-# %% ../../nbs/6_training/67_resume.ipynb #df12aae6
+# %% ../../nbs/6_training/67_resume.ipynb #c3bd3a8f
 class Stopped(SystemExit):
     "A run ends before its end, with a checkpoint to continue from: a signal came, or max_time is over."
 
@@ -114,7 +120,6 @@ def canonical(loops):
     started, processed = (epochs["current"][key] for key in ("started", "processed"))
     if started > processed and not batch["is_last_batch"]:
         return "batch"
-    loops["state_dict"].pop("combined_loader", None)
     if started > processed:
         validation = loops["epoch_loop.val_loop.batch_progress"]  # as in the middle of the first batch: it begins anew
         for counts in (validation["total"], validation["current"]):
@@ -125,7 +130,7 @@ def canonical(loops):
     batch["is_last_batch"] = False
     return "epoch"
 
-# %% ../../nbs/6_training/67_resume.ipynb #78ab364d
+# %% ../../nbs/6_training/67_resume.ipynb #4a38d492
 class Checkpoints(Checkpoint):
     """Saves folder/checkpoints/last.ckpt every `minutes`, after each epoch and when the run is stopped; best.ckpt after
     the best epoch by `monitor` ("max" or "min" by mode; the first if equal).
@@ -137,7 +142,7 @@ class Checkpoints(Checkpoint):
         self.last, self.best = (Path(folder) / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
         self.monitor, self.sign, self.minutes, self.clock = monitor, {"max": 1, "min": -1}[mode], minutes, clock
         self.begin, self.end, self.saved = clock(), seconds_of(max_time), clock()
-        self.score, self.asked, self.requeue, self.step, self.at = None, None, None, 0, None
+        self.score, self.asked, self.requeue, self.step, self.at, self.batch = None, None, None, 0, None, 0
 
     @property
     def best_model_path(self):
@@ -146,6 +151,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer, module):
         self.step = trainer.global_step
+        trainer.train_dataloader.load_state_dict({"batch": self.batch})  # Lightning may have set it up too early for this
         if self.at == "epoch":  # with max_steps, Lightning takes every resumed run for one within an epoch
             trainer.fit_loop.epoch_loop.restarting = False
         environment = trainer._accelerator_connector.cluster_environment
@@ -229,7 +235,10 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         if trainer.state.fn == TrainerFn.FITTING:
-            self.at = canonical(checkpoint["loops"]["fit_loop"])
+            loops = checkpoint["loops"]["fit_loop"]
+            loops["state_dict"].pop("combined_loader", None)
+            self.at = canonical(loops)
+            self.batch = loops["epoch_loop.batch_progress"]["current"]["ready"] if self.at == "batch" else 0
             self.score = checkpoint["checkpoints"]["score"] if self.best.exists() else None
             trainer.should_stop = checkpoint["checkpoints"]["stopped"]  # early stopping had its way
 
