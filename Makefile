@@ -18,7 +18,7 @@ help:
 	@echo "make test       every notebook, every test, every check of the house"
 	@echo "make lab        read and run the book in JupyterLab"
 	@echo "make kernels    compile the native kernels, and say what cannot be (S4NB_BUILD=auto|none|cpu|cuda)"
-	@echo "make bench      measure what the kernels are worth here, and how fast data arrive, into results (many minutes)"
+	@echo "make bench      measure what the kernels are worth, alone and in training, and how fast data arrive (many minutes)"
 	@echo "make book       the book as HTML, in _docs"
 	@echo "make stress     the notebooks' slow cells and the long tests"
 	@echo "make export     notebooks -> modules, and clean the notebooks"
@@ -53,6 +53,7 @@ bench: $(VENV)/.installed
 	@$(NATIVE)
 	@$(BIN)/s4nb bench
 	@$(BIN)/python -m s4nb.bench_data
+	@$(BIN)/python -m s4nb.bench_training
 
 book: $(VENV)/.installed
 	@$(BIN)/python .ci/book.py

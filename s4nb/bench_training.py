@@ -1,0 +1,204 @@
+"""What the kernels are worth in training: steps a second of published models, and of the same with naive kernels."""
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .baselines import fft_conv, literal_sums
+from .bench import clock, digits, instruction_set, memory_mb
+from .module import one_of
+from .ops.cauchy_sum import usable
+from .ssm.layer import SSMLayer
+from .training.architectures import Facts
+from .training.optimization import param_groups
+from .training.record import commit, processor, save_card, versions
+from .training.tables import EXPERIMENTS
+
+WAYS = ("native", "torch", "naive")    # compiled sums; sums in plain torch; the literal formula, with plain FFTs
+
+
+class Size(NamedTuple):
+    "An experiment and what is changed of it; None: as published."
+    experiment: str
+    n_layers: int | None = None
+    batch: int | None = None
+    d_model: int | None = None
+    length: int | None = None
+
+
+class TrainingPlan(NamedTuple):
+    """turns: steps of all ways in turns; alone: of our way, what notebook 72 works with; whole: models as published,
+    each way in a process of its own."""
+    rounds: int
+    turns: tuple
+    alone: tuple
+    whole: tuple
+
+
+MODELS = ("lra-listops", "lra-cifar", "sc35")
+PLAN = TrainingPlan(3, tuple(Size(name, 1, *batch) for batch in ((), (4,)) for name in MODELS),
+                    (Size("lra-pathx", 1, 1), Size("lra-pathx", 1, 2), Size("sc35", 1, 1, 16, 2**20)),
+                    tuple(map(Size, MODELS)))
+QUICK = TrainingPlan(1, tuple(Size(name, 1, 2, 4, 64) for name in MODELS), (Size("lra-pathx", 1, 1, 4, 64),),
+                     (Size("lra-cifar", None, 2, 4, 64),))
+
+
+# ---- the naive way ---------------------------------------------------------------------------------------------------
+def naive_convolve(layer, u, state, rate, warn):
+    "SSMLayer.convolve as it is usually written: u (b h l) -> (b 1 h l), one channel in each direction, no state."
+    l, K = u.shape[-1], layer.kernel(u.shape[-1], rate)[0]
+    if layer.bidirectional:
+        K, K_back = K.chunk(2)
+        K = F.pad(K, (0, l)) + F.pad(K_back.flip(-1), (l, 0))
+    return fft_conv(u, K, layer.D)
+
+
+def with_sums(model, way):
+    "The model with the sums and convolutions of a way of WAYS; it trains inside `literal_sums()`."
+    for layer in [m for m in model.modules() if isinstance(m, SSMLayer)]:
+        layer.kernel.options.backend = "literal" if way == "naive" else way
+        if way == "naive": layer.convolve = naive_convolve.__get__(layer)
+    return model
+
+
+# ---- a training step -------------------------------------------------------------------------------------------------
+def settings(size):
+    "(experiment, facts, batch, length) of a Size."
+    e = EXPERIMENTS[size.experiment]
+    facts = Facts.of(e.dataset.build())
+    model = replace(e.model, n_layers=size.n_layers or e.model.n_layers, d_model=size.d_model or e.model.d_model)
+    return replace(e, model=model), facts, size.batch or e.dataset.batch_size, size.length or facts.l_max
+
+
+def training_step(size, way):
+    "A function that does one step of a seeded model on one batch (forward, backward, optimiser) and returns the loss."
+    e, facts, b, l = settings(size)
+    torch.manual_seed(0)
+    model = with_sums(e.model.build(facts), way)
+    for kernel in [m for m in model.modules() if hasattr(m, "set_length")]: kernel.set_length(l)    # as training does
+    optimizer = e.optimizer.build(param_groups(model, e.optimizer.lr, e.optimizer.weight_decay))
+    x = torch.randint(facts.n_tokens, (b, l)) if facts.n_tokens else torch.randn(b, l, facts.d_input)
+    lengths = torch.randint(l // 4, l + 1, (b,)) if facts.n_tokens else None    # tokens are padded, as in ListOps
+    y = torch.randint(facts.d_output, (b,))
+
+    def step():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x, lengths=lengths), y)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+    return step
+
+
+def described(size):
+    "A Size as what is said of it in a row: the sizes of the step, and which of them are not as published."
+    (e, _, b, l), (p, _, b_0, l_0) = settings(size), settings(Size(size.experiment))
+    used = {"n_layers": e.model.n_layers, "batch": b, "d_model": e.model.d_model, "length": l}
+    published = {"n_layers": p.model.n_layers, "batch": b_0, "d_model": p.model.d_model, "length": l_0}
+    return {"experiment": size.experiment, **used, "published": {k: n for k, n in published.items() if n != used[k]}}
+
+
+def compared(row):
+    "The row with steps a second (of CPU time) and how many times faster than naive each other way is."
+    rates = {way: digits(1e3 / of["cpu"]) for way, of in row["ms"].items()}
+    naive = row["ms"].get("naive")
+    faster = {way: digits(naive["cpu"] / of["cpu"]) for way, of in row["ms"].items() if naive and way != "naive"}
+    return row | {"steps_per_s": rates, "faster": faster}
+
+
+def turns(size, ways, rounds):
+    "The row of a size whose ways took turns in this process, after one step each: medians."
+    with literal_sums():
+        steps = {way: training_step(size, way) for way in ways}
+        for step in steps.values(): step()
+        taken = [{way: clock(step, 1, "cpu") for way, step in steps.items()} for _ in range(rounds)]
+    ms = {way: {k: digits(median(of[way][k] for of in taken)) for k in ("cpu", "wall")} for way in ways}
+    return compared(described(size) | {"ms": ms})
+
+
+# ---- whole models, and memory ----------------------------------------------------------------------------------------
+def peak(size, way):
+    "Milliseconds of a training step, and the MB that model and step take beyond a process that has trained a tiny one."
+    torch.set_num_threads(1)
+    with literal_sums():
+        training_step(Size(size[0], 1, 2, 4, 64), way)()
+        start = memory_mb("VmRSS", "cpu")
+        ms = {k: digits(t) for k, t in clock(training_step(Size(*size), way), 1, "cpu").items()}
+    return {"ms": ms, "peak_mb": digits(memory_mb("VmHWM", "cpu") - start)}
+
+
+def whole(size, ways):
+    "The row of a size, each way in a process of its own."
+    child = "import sys, json; from s4nb.bench_training import peak; print(json.dumps(peak(*json.loads(sys.argv[1]))))"
+    found = {}
+    for way in ways:
+        done = subprocess.run([sys.executable, "-c", child, json.dumps([size, way])], capture_output=True, text=True)
+        if done.returncode: raise RuntimeError(f"{size} could not be trained the {way} way:\n{done.stderr[-2000:]}")
+        found[way] = json.loads(done.stdout.splitlines()[-1])
+    row = {key: {way: of[key] for way, of in found.items()} for key in ("ms", "peak_mb")}
+    return compared(described(size) | row)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+def line(row):
+    "A row as text."
+    size = " ".join(f"{k}={row[k]}" for k in ("n_layers", "batch", "d_model", "length"))
+    rates = "  ".join(f"{way} {rate:g}/s" + (f" ({row['faster'][way]:g}x naive)" if way in row["faster"] else "")
+                      for way, rate in row["steps_per_s"].items())
+    memory = "  peak " + ", ".join(f"{way} {mb:g} MB" for way, mb in row["peak_mb"].items()) if "peak_mb" in row else ""
+    return f"{row['experiment']:12} {size:50} {rates}{memory}"
+
+
+def bench(plan, names):
+    "Measure, print each row as it comes, return the card. One thread: its CPU time hardly depends on who else works."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    absent = {"native": state for op in ("cauchy", "dplr_spectrum") if (state := usable(op, "native", "cpu")) != "ok"}
+    for way, why in absent.items(): print(f"without {way}: {why}")
+    ways = [way for way in WAYS if way not in absent]
+    tables = {"turns": lambda size: turns(size, ways, plan.rounds),
+              "alone": lambda size: turns(size, ways[:1], plan.rounds),
+              "whole": lambda size: whole(size, dict.fromkeys((ways[0], "naive")))}
+    card = {"name": "training", "state": "measured", "command": "python -m s4nb.bench_training",
+            "what": "training steps (forward, backward, optimiser) a CPU second, one thread, random batches; naive: "
+                    "literal sums under autograd, plain FFTs",
+            "device": processor(), "instruction_set": instruction_set(), "threads": 1, "rounds": plan.rounds, "seed": 0,
+            "commit": commit(), "versions": versions()}
+    print(f"{card['device']}; compiled kernels: {card['instruction_set']}; one thread, medians of {plan.rounds} rounds")
+    for table, row_of in tables.items():
+        card[table] = []
+        for size in [size for size in getattr(plan, table) if size.experiment in names]:
+            card[table].append(row_of(size))
+            print(line(card[table][-1]), flush=True)
+    torch.set_num_threads(before)
+    return card
+
+
+def main(arguments=None):
+    "`python -m s4nb.bench_training`: measure, print a line each, write card.json."
+    parser = argparse.ArgumentParser("s4nb.bench_training", description=__doc__)
+    known = list(dict.fromkeys(size.experiment for sizes in PLAN[1:] for size in sizes))
+    parser.add_argument("--only", action="append", metavar="EXPERIMENT", help=f"repeat for more: {', '.join(known)}")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? The numbers mean nothing")
+    parser.add_argument("--note", help="a remark for the card, such as what else the machine did")
+    parser.add_argument("--out", help="folder of card.json (results/training; --only, --quick: results/tmp/training)")
+    given = parser.parse_args(arguments)
+    state = "trial" if given.quick or given.only else "measured"
+    names = [one_of("experiment of the training benchmark", name, known) for name in given.only or known]
+    card = bench(QUICK if given.quick else PLAN, names) | {"state": state}
+    if given.note: card["note"] = given.note
+    folder = Path(given.out or f"results/{'tmp/' * (state == 'trial')}training")
+    folder.mkdir(parents=True, exist_ok=True)
+    print(save_card(folder, card))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
