@@ -100,7 +100,7 @@ def save_pretrained(folder, model, experiment, facts, card=None):
 
     return write_atomically(folder, write)
 
-# %% ../../nbs/6_training/70_pretrained.ipynb #c6e31a71
+# %% ../../nbs/6_training/70_pretrained.ipynb #6d621b6d
 class Saved(NamedTuple):
     "What was saved: experiment and facts as plain dicts, tensors {name: tensor}, the file of the weights."
     experiment: dict
@@ -142,7 +142,7 @@ def read_checkpoint(file):
     "The Saved of a checkpoint of a run."
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'}); "
                          "if it is whole but of state-spaces/s4, use `s4nb convert`") from error
     if not isinstance(content, dict) or "s4nb" not in content or "state_dict" not in content:
@@ -156,12 +156,15 @@ def read_checkpoint(file):
 def read_saved(path):
     "The Saved that lies at a path: a folder of save_pretrained, a checkpoint, the folder of a run. Else ValueError."
     file = weights_file(path)
-    return read_folder(file) if file.suffix == ".safetensors" else read_checkpoint(file)
+    saved = read_folder(file) if file.suffix == ".safetensors" else read_checkpoint(file)
+    if not {"choices", "values"} <= set(saved.experiment):
+        raise ValueError(f"{file}: what it says of its experiment has no choices and values; write it anew")
+    return saved
 
-# %% ../../nbs/6_training/70_pretrained.ipynb #dd304af0
+# %% ../../nbs/6_training/70_pretrained.ipynb #74d53e0c
 def mismatch(own, tensors):
     "The first difference between two dicts of tensors {name: tensor} in words, or None."
-    for name in own.keys() | tensors.keys():
+    for name in dict.fromkeys([*own, *tensors]):
         if name not in tensors:
             return f"the file has no {name}, which the model needs"
         if name not in own:
