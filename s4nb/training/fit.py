@@ -6,7 +6,7 @@
 __all__ = ['OURS', 'build', 'Loaders', 'task_of', 'make_trainer', 'finished', 'best_row', 'result', 'circumstances', 'fit',
            'train_and_test', 'describe', 'summary', 'run']
 
-# %% ../../nbs/6_training/68_fit.ipynb #939600f7
+# %% ../../nbs/6_training/68_fit.ipynb #6a2a567d
 import logging
 import warnings
 from dataclasses import asdict
@@ -29,8 +29,9 @@ from .record import (Record, blind, commit, end_wandb, first_above_chance, logge
 from .devices import Devices, agreed, batches
 from .resume import AtomicCheckpointIO, Checkpoints, History, Keep, Stopped, find_run
 from .task import Task, set_length
+from .truncated import Chunks, TruncatedTask
 
-# %% ../../nbs/6_training/68_fit.ipynb #0763322a
+# %% ../../nbs/6_training/68_fit.ipynb #b318c516
 def build(e):
     "The data and the model of an Experiment, both seeded: (data, model). A value that does not fit → ValueError."
     if e.trainer.threads:
@@ -62,8 +63,10 @@ class Loaders(L.LightningDataModule):
     def train_dataloader(self):
         d, stages = self.e.dataset, self.e.callbacks.stages
         rate = (lambda epoch: stage_at(stages, epoch).resolution) if stages else 1
-        return batches(self.data, "train", d.batch_size, self.e.seed, d.bucket, d.workers, rate,
-                       self.e.trainer.accumulate_grad_batches)
+        loader = batches(self.data, "train", d.batch_size, self.e.seed, d.bucket, d.workers, rate,
+                         self.e.trainer.accumulate_grad_batches)
+        chunk = self.e.train.chunk
+        return loader if chunk is None else Chunks(loader, chunk, self.data.l_max)
 
     def val_dataloader(self):
         return self.evaluation("val")
@@ -77,6 +80,8 @@ def task_of(e, facts, model):
     optimizer = lambda m: e.optimizer.build(param_groups(m, e.optimizer.lr, e.optimizer.weight_decay))
     common = dict(scheduler=partial(e.scheduler.build, train=e.train), loss=e.train.loss, metrics=e.train.metrics,
                   seed=e.seed, rates=e.dataset.rates)
+    if e.train.chunk is not None:
+        return TruncatedTask(model, facts, optimizer, context=e.train.context, **common)
     return Task(model, facts, optimizer, **common)
 
 # %% ../../nbs/6_training/68_fit.ipynb #79270c6a
