@@ -15,14 +15,15 @@ from torch import distributed as dist
 from ..data.base import Batch
 from .task import Task, require_finite
 
-# %% ../../nbs/6_training/65_truncated.ipynb #264d4215
+# %% ../../nbs/6_training/65_truncated.ipynb #fb1e7753
 class Piece(NamedTuple):
-    "A piece of a Batch; first: whether it begins the sequences."
+    "A piece of a Batch; first, last: whether the sequences begin or end with it."
     x: torch.Tensor
     y: torch.Tensor
-    lengths: torch.Tensor | None = None
-    rate: float = 1.0
-    first: bool = True
+    lengths: torch.Tensor | None
+    rate: float
+    first: bool
+    last: bool
 
 
 def cuts(l, size, pieces):
@@ -31,7 +32,7 @@ def cuts(l, size, pieces):
         return [(i, min(i + size, l)) for i in range(0, l, size)]
     if l < pieces:
         raise ValueError(f"a batch whose longest sequence has {l} steps cannot be cut into {pieces} pieces: raise "
-                         "train.chunk, or batch sequences of similar lengths (dataset.bucket) no more")
+                         "train.chunk, or lower dataset.bucket, which puts short sequences together")
     return [(i * l // pieces, (i + 1) * l // pieces) for i in range(pieces)]
 
 
@@ -62,7 +63,7 @@ class Chunks:
                              "step; leave it out for this task")
         for begin, end in cuts(l, self.size, self.pieces):
             lengths = None if batch.lengths is None else (batch.lengths - begin).clamp(0, end - begin)
-            yield Piece(batch.x[:, begin:end], batch.y[:, begin:end], lengths, batch.rate, begin == 0)
+            yield Piece(batch.x[:, begin:end], batch.y[:, begin:end], lengths, batch.rate, begin == 0, end == l)
 
     def __iter__(self):
         self.given, self.skip = self.skip, 0
@@ -76,12 +77,12 @@ class Chunks:
             within = 0
 
     def state_dict(self):
-        return {"piece": self.given}
+        return {"piece": self.given % len(self)}
 
     def load_state_dict(self, state):
         self.skip = state["piece"]
 
-# %% ../../nbs/6_training/65_truncated.ipynb #4616e95e
+# %% ../../nbs/6_training/65_truncated.ipynb #edcdfeb7
 def each_tensor(f, state):
     "f of every tensor in a state of nested lists and tuples, what is None stays."
     if isinstance(state, (list, tuple)):
@@ -119,6 +120,8 @@ class Carried:
         if len(self.past) > self.context:
             self.past.pop(0)
             self.state = each_tensor(torch.Tensor.detach, states[1])
+        if piece.last:
+            self.forget()
         return outputs
 
     def state_dict(self):
@@ -127,7 +130,7 @@ class Carried:
     def load_state_dict(self, saved, device):
         self.state, self.past = (each_tensor(lambda t: t.to(device), saved[name]) for name in ("state", "past"))
 
-# %% ../../nbs/6_training/65_truncated.ipynb #b364da86
+# %% ../../nbs/6_training/65_truncated.ipynb #f7f3db7b
 class TruncatedTask(Task):
     """A Task trained on the Pieces of Chunks, one optimiser step each; validation and test see whole sequences.
 
@@ -143,12 +146,19 @@ class TruncatedTask(Task):
                              f"{'one a sequence' if facts.l_output is None else facts.l_output}: leave train.chunk out")
         if getattr(model.decoder, "l_output", 0) is not None:
             raise ValueError("train.chunk needs a decoder that answers each step by itself: model.decoder=all")
-        self.carried = Carried(context)
+        self.carried, self.saved = Carried(context), None
 
     def on_train_start(self):
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError("with train.chunk the gradients of successive pieces cannot be accumulated: "
                              f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, set it to 1")
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.saved is not None and len(self.saved) != world and any(kept["past"] or kept["state"] for kept in self.saved):
+            raise ValueError(f"this checkpoint was written within sequences that {len(self.saved)} processes read; "
+                             f"continue it with as many, not {world}")
+        if self.saved is not None and len(self.saved) == world:
+            self.carried.load_state_dict(self.saved[rank], self.device)
+        self.saved = None
 
     def training_step(self, piece, index):
         loss = self.measure("train", self.carried(self.model, piece), piece.y)
@@ -156,20 +166,11 @@ class TruncatedTask(Task):
         self.report("train")
         return loss
 
-    def on_train_epoch_end(self):
-        self.carried.forget()
-
     def on_save_checkpoint(self, checkpoint):
-        carried = [self.carried.state_dict()]
+        checkpoint["carried"] = [self.carried.state_dict()]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            carried = carried * dist.get_world_size()
-            dist.all_gather_object(carried, self.carried.state_dict())
-        checkpoint["carried"] = carried
+            checkpoint["carried"] *= dist.get_world_size()
+            dist.all_gather_object(checkpoint["carried"], self.carried.state_dict())
 
     def on_load_checkpoint(self, checkpoint):
-        carried, world = checkpoint["carried"], dist.get_world_size() if dist.is_initialized() else 1
-        if len(carried) != world and any(kept["past"] or kept["state"] is not None for kept in carried):
-            raise ValueError(f"this checkpoint was written within sequences that {len(carried)} processes read; continue "
-                             f"it with as many, not {world}")
-        if len(carried) == world:
-            self.carried.load_state_dict(carried[dist.get_rank() if world > 1 else 0], self.device)
+        self.saved = checkpoint.get("carried")  # used if training goes on
