@@ -228,6 +228,14 @@ def test_wandb_offline_goes_on_in_the_same_run(tmp_path, monkeypatch):
             assert [text for text in (wandb_id(tmp_path / name), "project", "toy", "seed", "val/loss") if text.encode() not in content] == []
 
 
+def test_of_several_processes_one_names_the_wandb_run(tmp_path, monkeypatch):
+    from lightning.pytorch.utilities import rank_zero_only
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert loggers(tmp_path, wandb="project")[1].version is None and not (tmp_path / "wandb").exists()
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    assert loggers(tmp_path, wandb="project")[1].version == wandb_id(tmp_path)
+
+
 # ---- the report ------------------------------------------------------------------------------------------------------
 def card(name="toy", seed=0, state="measured", accuracy=0.5, config=None, **more):
     found = {"name": name, "state": state, "seed": seed, "command": f"s4nb train experiment={name} seed={seed}", "device": "a CPU", "wall_seconds": 60.0,

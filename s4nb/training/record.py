@@ -138,7 +138,7 @@ def load_rows(path):
     with open(path, newline="") as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
-# %% ../../nbs/6_training/64_record.ipynb #14b01b0d
+# %% ../../nbs/6_training/64_record.ipynb #a2b5ee6e
 def answers(data, split, most=2000):
     "The labels of a split; where it has none, the answers of its first `most` examples, which are made or read for this."
     dataset = data.dataset(split)
@@ -174,7 +174,7 @@ def blind(data, split="test"):
     return {"metric": "accuracy" if classes else "mse", "score": score, "error": error, "examples": len(y),
             "split": split, **more}
 
-
+# %% ../../nbs/6_training/64_record.ipynb #fddefee2
 def column(chance, metrics):
     "Which of the metrics compares with a blind guess: its own, or the loss where the loss is the mse."
     return "loss" if chance["metric"] == "mse" and "mse" not in metrics else chance["metric"]
@@ -188,10 +188,9 @@ def first_above_chance(rows, chance):
     name = "val/" + column(chance, {key.rpartition("/")[2] for row in rows for key in row})
     sign = -1 if chance["metric"] == "mse" else 1
     bar = sign * chance["score"] + 2 * chance["error"]
-    above = (row.get("epoch", i) for i, row in enumerate(rows, 1) if name in row and sign * row[name] > bar)
-    return next(above, None)
+    return next((row["epoch"] for row in rows if name in row and sign * row[name] > bar), None)
 
-# %% ../../nbs/6_training/64_record.ipynb #7480595a
+# %% ../../nbs/6_training/64_record.ipynb #512c6e8c
 COLOURS = {"train": "#0072B2", "val": "#D55E00"}
 ERRORS = ("loss", "mse", "mae", "rmse", "ppl", "bits")  # the smaller, the better
 
@@ -224,7 +223,7 @@ def draw_panel(axes, metric, lines, guess=None):
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
 
-
+# %% ../../nbs/6_training/64_record.ipynb #270b19c7
 def learning_curve(rows, chance=None, title=""):
     "A matplotlib figure of the rows of metrics.csv, a panel for the loss and for each metric; chance: what blind gave."
     from matplotlib.figure import Figure
@@ -241,7 +240,7 @@ def save_curve(folder, chance=None, title=""):
     figure = learning_curve(load_rows(Path(folder) / "metrics.csv"), chance, title)
     return write_atomically(Path(folder) / "curve.png", lambda tmp: figure.savefig(tmp, format="png"))
 
-# %% ../../nbs/6_training/64_record.ipynb #66a8df2e
+# %% ../../nbs/6_training/64_record.ipynb #1e254f13
 def wandb_id(folder):
     "The id of a folder's run in Weights & Biases: made at the first call, then read from wandb/id.txt."
     path = Path(folder) / "wandb" / "id.txt"
@@ -256,12 +255,14 @@ def loggers(folder, wandb=None, name=None, config=None):
     name and config (a plain dict) are what W&B shows. Call `end_wandb(folder)` when the run is over.
     """
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    from lightning.pytorch.utilities import rank_zero_only
     found = [TensorBoardLogger(folder, name="tensorboard", version="")]
     if wandb is None:
         return found
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(f'wandb={wandb} needs Weights & Biases: pip install "s4nb[wandb]", or leave wandb=null')
-    return [*found, WandbLogger(name, save_dir=folder, id=wandb_id(folder), project=wandb, config=config)]
+    known = wandb_id(folder) if rank_zero_only.rank == 0 else None  # of a run's processes only the first one logs
+    return [*found, WandbLogger(name, save_dir=folder, id=known, project=wandb, config=config)]
 
 
 def end_wandb(folder, failed=False):
@@ -308,7 +309,7 @@ def duration(seconds):
     unit, size = next(((u, s) for u, s in (("days", 86400), ("h", 3600), ("min", 60)) if seconds >= 2 * s), ("s", 1))
     return f"{seconds / size:.1f} {unit}"
 
-# %% ../../nbs/6_training/64_record.ipynb #409833de
+# %% ../../nbs/6_training/64_record.ipynb #b151ebe5
 HEAD = ("experiment", "published", "ours", "blind guess", "best epoch", "above chance", "seeds", "device", "time", "state",
         "command")
 
@@ -335,7 +336,7 @@ def guess_of(card):
         chance = {"metric": "accuracy", "score": card["majority_class"]["share"]}
     return show(chance["metric"], [chance["score"]]) if chance else ""
 
-
+# %% ../../nbs/6_training/64_record.ipynb #050313d5
 def row_of(group):
     "The table's row of [(path, card), …], measured runs of one experiment; or of one partial or failed run."
     paths, cards = zip(*group)
@@ -355,7 +356,7 @@ def row_of(group):
              each(f"`{card['command']}`" for card in cards if card.get("command")) or "in Python: see its card"]
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
 
-
+# %% ../../nbs/6_training/64_record.ipynb #72a19090
 def markdown_table(head, rows):
     "A markdown table."
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
