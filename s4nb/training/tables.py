@@ -327,7 +327,7 @@ FAMILIES = {
 }
 EXPERIMENTS = {e.name: e for family in FAMILIES.values() for e in family}
 
-# %% ../../nbs/6_training/63_tables.ipynb #3ac579ce
+# %% ../../nbs/6_training/63_tables.ipynb #0dfc38e7
 COLUMNS = {
     "experiment": "name", "data": "dataset", "batch": "dataset.batch_size", "epochs": "trainer.max_epochs",
     "model": "model", "layers": "model.n_layers", "width": "model.d_model", "layer": "model.layer",
@@ -352,7 +352,7 @@ def shown(value):
         return "yes" if value else "no"
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/6_training/63_tables.ipynb #df665c81
 def rows(experiments, columns=COLUMNS):
     "A table of experiments as [(text, …), …], the titles first; columns: {title: key}; – for a key that is missing."
     def cell(e, key):
