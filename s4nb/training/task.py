@@ -7,7 +7,7 @@ __all__ = ['IGNORED', 'LOSSES', 'AUTO', 'METRICS', 'NonFiniteLoss', 'first_bad_p
            'cross_entropy', 'label_smoothing', 'binary_cross_entropy', 'BitsPerStep', 'count', 'step_seed', 'shared',
            'Task']
 
-# %% ../../nbs/6_training/59_task.ipynb #c3c988da
+# %% ../../nbs/6_training/59_task.ipynb #ab9aa7ed
 import hashlib
 import math
 
@@ -103,7 +103,7 @@ def count(metric, outputs, y):
     else:
         metric.update(outputs.flatten(0, -2), y.flatten())
 
-# %% ../../nbs/6_training/59_task.ipynb #853aab3a
+# %% ../../nbs/6_training/59_task.ipynb #5e8f185c
 def step_seed(*numbers):
     "A seed in [0, 2^63) that is a hash of whole numbers."
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
@@ -118,7 +118,7 @@ def shared(loss, n):
     dist.all_reduce(total)
     return loss * (n * dist.get_world_size() / total[0]) + total[1]
 
-# %% ../../nbs/6_training/59_task.ipynb #6b008726
+# %% ../../nbs/6_training/59_task.ipynb #81e86a96
 class Task(L.LightningModule):
     """Trains and evaluates a Model on Batches (x, y, lengths, rate).
 
@@ -159,11 +159,13 @@ class Task(L.LightningModule):
             require_finite(loss, self.model, self.global_step, self.batch)
         return loss
 
-    def report(self, place):
-        "Logs the metrics of `place`; Lightning reads and resets them at the end of the epoch."
+    def report(self, place, loss=None):
+        "Logs the metrics of `place`, which Lightning reads and resets at the end of the epoch; shows the loss of a step."
         for name in ("loss", *self.metrics):
             self.log(f"{place}/{name}", self.meters[f"{place}/{name}"], on_step=False, on_epoch=True,
                      prog_bar=name in ("loss", "accuracy"), add_dataloader_idx=False)
+        if loss is not None:
+            self.log("loss", loss.detach(), prog_bar=True, logger=False)
 
     def on_train_epoch_start(self):
         for name in ("loss", *self.metrics):  # a checkpoint at the end of an epoch holds its counts
