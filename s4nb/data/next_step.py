@@ -6,10 +6,9 @@
 __all__ = ['IGNORE', 'QUANTISERS', 'NEXT_TASKS', 'NextSteps', 'pad_pairs', 'mu_law', 'mu_expand', 'equal_steps', 'equal_values',
            'check_source', 'text_of', 'text_tokens', 'NextStep', 'next_task']
 
-# %% ../../nbs/6_training/58_next_step.ipynb #174387ef
+# %% ../../nbs/6_training/58_next_step.ipynb #f5d9bb81
 import math
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,7 +18,6 @@ from .base import SPLITS, Batch, DataModule, pad_batch
 from .images import Images
 from .spoken import SpokenDigits
 from .text import Text
-from ..module import one_of
 
 # %% ../../nbs/6_training/58_next_step.ipynb #58281c4a
 class NextSteps(Dataset):
@@ -75,10 +73,11 @@ def equal_values(tokens, levels=256):
 
 QUANTISERS = {"mu-law": (mu_law, mu_expand), "linear": (equal_steps, equal_values)}
 
-# %% ../../nbs/6_training/58_next_step.ipynb #77928e6d
+# %% ../../nbs/6_training/58_next_step.ipynb #1fead07e
 def check_source(task, quantize, levels, start):
     """What cannot be turned into next-step prediction → ValueError."""
-    if quantize is not None: one_of("quantize", quantize, QUANTISERS)
+    if quantize is not None and quantize not in QUANTISERS:
+        raise ValueError(f"quantize={quantize!r} is unknown: one of {', '.join(QUANTISERS)}, or None for tokens")
     if quantize and (task.d_input is None and task.n_tokens):
         raise ValueError(f"{task.name} has tokens already: leave quantize={quantize!r} out")
     if task.d_input is not None and (quantize is None or task.d_input != 1):
@@ -198,7 +197,7 @@ class NextStep(DataModule):
                        vocabulary=law if self.quantize else of.vocabulary, length=of.length,
                        metric="bits per step (cross-entropy / ln 2), accuracy; padded steps do not count")
 
-# %% ../../nbs/6_training/58_next_step.ipynb #5a98e7e7
+# %% ../../nbs/6_training/58_next_step.ipynb #d02f2661
 NEXT_TASKS = {
     "next-digits": lambda data_dir=None: NextStep(Images("digits", tokenize=True, data_dir=data_dir)),
     "next-spoken-digits": lambda data_dir=None: NextStep(SpokenDigits(data_dir=data_dir), quantize="mu-law", start=128),
@@ -208,4 +207,5 @@ NEXT_TASKS = {
 
 def next_task(name, data_dir=None):
     """A NextStep by its name: the 8 x 8 digits, the spoken digits (mu-law, 8 bit, 8 kHz), the characters of film reviews."""
-    return NEXT_TASKS[one_of("next-step task", name, NEXT_TASKS)](data_dir)
+    if name not in NEXT_TASKS: raise ValueError(f"task {name!r} is unknown: one of {', '.join(NEXT_TASKS)}")
+    return NEXT_TASKS[name](data_dir)

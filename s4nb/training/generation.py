@@ -44,7 +44,7 @@ def choose(logits, u, temperature=1.0, top_p=1.0):
     p = nucleus(logits.double() / temperature, top_p).softmax(-1).cumsum(-1)
     return torch.searchsorted(p, u[:, None] * p[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
 
-# %% ../../nbs/6_training/69_generation.ipynb #71f97d74
+# %% ../../nbs/6_training/69_generation.ipynb #135f37d7
 def require_steps(model):
     """A model that cannot go step by step (it is bidirectional, say) → ValueError with its reason."""
     found = limits(model)
@@ -62,7 +62,7 @@ def each_step(outputs, x):
         raise ValueError(f"for {x.shape[1]} steps the model gives outputs {tuple(outputs.shape)}: generating needs an "
                          'answer at every step, a decoder of mode "all"')
 
-
+# %% ../../nbs/6_training/69_generation.ipynb #d4fc53ab
 @contextmanager
 def evaluating(model):
     """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
@@ -115,7 +115,7 @@ def check_steps(model, x, tol=None, rate=1.0):
                          "was trained for; look for a layer whose step leaves something out (s4nb.models.check_model)")
     return error
 
-# %% ../../nbs/6_training/69_generation.ipynb #4aaf8a43
+# %% ../../nbs/6_training/69_generation.ipynb #6489e96f
 def first_steps(prompt, n, start, device):
     """x (n 1+p): `start`, then the prompt (p), the same for all n, or (n p); None: nothing more."""
     if prompt is None: return torch.full((n or 1, 1), start, device=device)
@@ -135,7 +135,7 @@ def check_tokens(model, x):
     if bad := x[(x < 0) | (x >= tables[0])].tolist() if tables else []:
         raise ValueError(f"the token {bad[0]} is unknown to the model: it has {tables[0]}, from 0 on")
 
-
+# %% ../../nbs/6_training/69_generation.ipynb #e21cdcaa
 def generate(model, prompt=None, steps=100, n=None, temperature=1.0, top_p=1.0, seed=0, rate=1.0, start=0, check=True):
     """Samples from a next-step model: tokens (n steps) int64 that follow the prompt (which they do not contain).
 
