@@ -57,7 +57,7 @@ class Keep(L.Callback):
     def on_save_checkpoint(self, trainer, module, checkpoint):
         checkpoint["s4nb"] = self.kept
 
-# %% ../../nbs/6_training/67_resume.ipynb #b3b56f12
+# %% ../../nbs/6_training/67_resume.ipynb #e4f65e04
 class History(Checkpoint):
     "The metrics of each epoch as rows of metrics.csv; checkpoints hold them, so that a resumed run loses or doubles none."
 
@@ -69,7 +69,8 @@ class History(Checkpoint):
         self.evaluated = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer, module):
-        logged = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
+        logged = {name: value.item() for name, value in trainer.callback_metrics.items()
+                  if "/" in name and not name.startswith("lr-")}  # which only processes that begin an epoch log
         if self.evaluated != trainer.current_epoch:  # Lightning keeps the metrics of the evaluation before
             logged = {name: value for name, value in logged.items() if not name.startswith("val/")}
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step,
@@ -242,10 +243,10 @@ class Checkpoints(Checkpoint):
             self.score = checkpoint["checkpoints"]["score"] if self.best.exists() else None
             trainer.should_stop = checkpoint["checkpoints"]["stopped"]  # early stopping had its way
 
-# %% ../../nbs/6_training/67_resume.ipynb #75739d09
+# %% ../../nbs/6_training/67_resume.ipynb #fc9ec929
 APART = ("output_dir", "wandb", "train.resume", "train.checkpoint_minutes",
          *(f"trainer.{key}" for key in "max_time progress devices num_nodes strategy threads accelerator".split()))
-CLAIMS = {}  # folder → the lock file that this process holds
+CLAIMS = {}  # the lock files that this process holds, by path
 
 
 def settings_of(e):
@@ -259,14 +260,16 @@ def settings_of(e):
 
 def claim(folder):
     "Whether this process is now, until it ends, the only one that writes into a run's folder."
-    if folder not in CLAIMS:
-        file = open(Path(folder) / ".lock", "w")
+    path = (Path(folder) / "checkpoints" / ".lock").absolute()
+    if path not in CLAIMS:
+        path.parent.mkdir(exist_ok=True)
+        file = open(path, "w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: that of a killed process its workers keep
+        except (BlockingIOError, PermissionError):
             file.close()
             return False
-        CLAIMS[folder] = file
+        CLAIMS[path] = file
     return True
 
 
@@ -319,6 +322,5 @@ def find_run(root, name, e, resume="never"):
     claim(folder)
     best = checkpoint and checkpoint.with_name("best.ckpt")
     if best and best.exists():
-        (folder / "checkpoints").mkdir()
         shutil.copy(best, folder / "checkpoints")
     return folder, checkpoint
