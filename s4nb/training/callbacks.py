@@ -203,7 +203,7 @@ def stage_at(stages, epoch):
         epoch -= stage.epochs
     return stages[-1] if stages else Stage()
 
-# %% ../../nbs/6_training/60_callbacks.ipynb #d0f722b7
+# %% ../../nbs/6_training/60_callbacks.ipynb #cc4ffba9
 def set_bandlimit(model, bandlimit):
     "Sets the bandlimit of every diagonal kernel of a model (None: no limit); ValueError where none can take it."
     kernels = [m for m in model.modules() if isinstance(m, DiagKernel)]
@@ -217,7 +217,7 @@ def set_bandlimit(model, bandlimit):
 class Resizing(L.Callback):
     """Progressive resizing: sets the bandlimit of an epoch's stage. stages: dicts, see Stage.
 
-    The loader is rebuilt by whoever owns it, at each epoch, with rate=stage_at(stages, epoch).resolution.
+    The rate of the training loader is that of whoever owns it: stage_at(stages, epoch).resolution.
     """
 
     def __init__(self, stages, total_epochs=None):

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from ..data.base import Batch
 from .task import Task, require_finite
 
-# %% ../../nbs/6_training/65_truncated.ipynb #fb1e7753
+# %% ../../nbs/6_training/65_truncated.ipynb #5392a044
 class Piece(NamedTuple):
     "A piece of a Batch; first, last: whether the sequences begin or end with it."
     x: torch.Tensor
@@ -40,8 +40,8 @@ class Chunks:
     """The batches of a loader, each cut along time into ceil(l / size) Pieces that come one after the other.
 
     l: the steps of the longest sequence. Batches have an answer for each step: x (b l …), y (b l …); shorter ones give
-    as many pieces, so that the number of optimiser steps is known. To be resumed within an epoch, the loader has
-    `load_state_dict({"batch": n})`, which leaves out n batches of the next epoch.
+    as many pieces, so that the number of optimiser steps is known. To Lightning a piece is a batch: after
+    `load_state_dict({"batch": n})` the next epoch leaves out n pieces, which asks the same of the loader.
     """
     batch_sampler = None
 
@@ -77,10 +77,10 @@ class Chunks:
             within = 0
 
     def state_dict(self):
-        return {"piece": self.given % len(self)}
+        return {"batch": self.given}
 
     def load_state_dict(self, state):
-        self.skip = state["piece"]
+        self.skip = state["batch"]
 
 # %% ../../nbs/6_training/65_truncated.ipynb #edcdfeb7
 def each_tensor(f, state):
