@@ -34,20 +34,22 @@ class Size(NamedTuple):
 
 
 class TrainingPlan(NamedTuple):
-    """turns: steps of all ways in turns; alone: of our way, what notebook 72 works with; whole: models as published,
-    each way in a process of its own."""
+    """turns: sizes whose ways take turns; alone: sizes of our way only, for the estimates of notebook 72; apart: (size,
+    ways), each way in a process of its own, which shows its memory."""
     rounds: int
     turns: tuple
     alone: tuple
-    whole: tuple
+    apart: tuple
 
 
 MODELS = ("lra-listops", "lra-cifar", "sc35")
-PLAN = TrainingPlan(3, tuple(Size(name, 1, *batch) for batch in ((), (4,)) for name in MODELS),
+ONE_LAYER = (Size("lra-listops", 1), Size("lra-cifar", 1), Size("sc35", 1, length=4000))    # steps of a few seconds
+PLAN = TrainingPlan(3, (*ONE_LAYER, *(size._replace(batch=4) for size in ONE_LAYER)),
                     (Size("lra-pathx", 1, 1), Size("lra-pathx", 1, 2), Size("sc35", 1, 1, 16, 2**20)),
-                    tuple(map(Size, MODELS)))
+                    tuple((size, ("native", "naive")) for size in ONE_LAYER)
+                    + tuple((Size(name), ("native",)) for name in MODELS))
 QUICK = TrainingPlan(1, tuple(Size(name, 1, 2, 4, 64) for name in MODELS), (Size("lra-pathx", 1, 1, 4, 64),),
-                     (Size("lra-cifar", None, 2, 4, 64),))
+                     ((Size("lra-cifar", None, 2, 4, 64), ("native", "naive")),))
 
 
 # ---- the naive way ---------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def turns(size, ways, rounds):
     return compared(described(size) | {"ms": ms})
 
 
-# ---- whole models, and memory ----------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 def peak(size, way):
     "Milliseconds of a training step, and the MB that model and step take beyond a process that has trained a tiny one."
     torch.set_num_threads(1)
@@ -134,7 +136,7 @@ def peak(size, way):
     return {"ms": ms, "peak_mb": digits(memory_mb("VmHWM", "cpu") - start)}
 
 
-def whole(size, ways):
+def apart(size, ways):
     "The row of a size, each way in a process of its own."
     child = "import sys, json; from s4nb.bench_training import peak; print(json.dumps(peak(*json.loads(sys.argv[1]))))"
     found = {}
@@ -156,35 +158,33 @@ def line(row):
     return f"{row['experiment']:12} {size:50} {rates}{memory}"
 
 
-def bench(plan, names):
-    "Measure, print each row as it comes, return the card. One thread: its CPU time hardly depends on who else works."
+def bench(plan, names, folder, card):
+    """Measure, print each row as it comes, write the card after each; it says `state` when all are there.
+
+    One thread: its CPU time hardly depends on who else works."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    absent = {"native": state for op in ("cauchy", "dplr_spectrum") if (state := usable(op, "native", "cpu")) != "ok"}
-    for way, why in absent.items(): print(f"without {way}: {why}")
-    ways = [way for way in WAYS if way not in absent]
-    tables = {"turns": lambda size: turns(size, ways, plan.rounds),
-              "alone": lambda size: turns(size, ways[:1], plan.rounds),
-              "whole": lambda size: whole(size, dict.fromkeys((ways[0], "naive")))}
-    card = {"name": "training", "state": "measured", "command": "python -m s4nb.bench_training",
-            "what": "training steps (forward, backward, optimiser) a CPU second, one thread, random batches; naive: "
-                    "literal sums under autograd, plain FFTs",
-            "device": processor(), "instruction_set": instruction_set(), "threads": 1, "rounds": plan.rounds, "seed": 0,
-            "commit": commit(), "versions": versions()}
+    why = next((s for op in ("cauchy", "dplr_spectrum") if (s := usable(op, "native", "cpu")) != "ok"), None)
+    if why: print(f"without native: {why}")
+    ways = [way for way in WAYS if way != "native" or not why]
+    def ours(asked): return list(dict.fromkeys(ways[0] if way == "native" else way for way in asked))
+    tables = {"alone": lambda size: turns(size, ours(["native"]), plan.rounds),
+              "turns": lambda size: turns(size, ways, plan.rounds), "apart": lambda row: apart(row[0], ours(row[1]))}
     print(f"{card['device']}; compiled kernels: {card['instruction_set']}; one thread, medians of {plan.rounds} rounds")
     for table, row_of in tables.items():
         card[table] = []
-        for size in [size for size in getattr(plan, table) if size.experiment in names]:
+        for size in [s for s in getattr(plan, table) if (s if table != "apart" else s[0]).experiment in names]:
             card[table].append(row_of(size))
             print(line(card[table][-1]), flush=True)
+            save_card(folder, card | {"state": "partial"})
     torch.set_num_threads(before)
-    return card
+    return save_card(folder, card)
 
 
 def main(arguments=None):
     "`python -m s4nb.bench_training`: measure, print a line each, write card.json."
     parser = argparse.ArgumentParser("s4nb.bench_training", description=__doc__)
-    known = list(dict.fromkeys(size.experiment for sizes in PLAN[1:] for size in sizes))
+    known = list(dict.fromkeys(size.experiment for size in PLAN.turns + PLAN.alone))
     parser.add_argument("--only", action="append", metavar="EXPERIMENT", help=f"repeat for more: {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? The numbers mean nothing")
     parser.add_argument("--note", help="a remark for the card, such as what else the machine did")
@@ -192,11 +192,14 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     state = "trial" if given.quick or given.only else "measured"
     names = [one_of("experiment of the training benchmark", name, known) for name in given.only or known]
-    card = bench(QUICK if given.quick else PLAN, names) | {"state": state}
-    if given.note: card["note"] = given.note
-    folder = Path(given.out or f"results/{'tmp/' * (state == 'trial')}training")
+    plan, folder = QUICK if given.quick else PLAN, Path(given.out or f"results/{'tmp/' * (state == 'trial')}training")
+    card = {"name": "training", "state": state, "command": "python -m s4nb.bench_training",
+            "what": "training steps (forward, backward, optimiser) a CPU second, one thread, random batches; naive: "
+                    "literal sums under autograd, plain FFTs",
+            "device": processor(), "instruction_set": instruction_set(), "threads": 1, "rounds": plan.rounds, "seed": 0,
+            "commit": commit(), "versions": versions()} | ({"note": given.note} if given.note else {})
     folder.mkdir(parents=True, exist_ok=True)
-    print(save_card(folder, card))
+    print(bench(plan, names, folder, card))
     return 0
 
 

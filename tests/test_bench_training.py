@@ -19,11 +19,11 @@ def test_the_whole_in_small(tmp_path, capsys):
     assert (card["name"], card["state"], card["threads"], card["note"]) == ("training", "trial", 1, "shared")
     assert card["versions"]["torch"] and card["device"] and card["command"]
     assert [r["experiment"] for r in card["turns"]] == ["lra-listops", "lra-cifar", "sc35"]
-    for row in card["turns"] + card["alone"] + card["whole"]:
+    for row in card["turns"] + card["alone"] + card["apart"]:
         assert line(row) in shown and all(rate > 0 for rate in row["steps_per_s"].values())
-    for row in card["turns"] + card["whole"]:
+    for row in card["turns"] + card["apart"]:
         assert "naive" in row["ms"] and set(row["faster"]) == set(row["ms"]) - {"naive"}
-    assert all(mb > 0 for row in card["whole"] for mb in row["peak_mb"].values())
+    assert all(mb > 0 for row in card["apart"] for mb in row["peak_mb"].values())
     assert not re.search(r"/(work|tmp|home|root)/|20\d\d-\d\d", json.dumps(card))
 
 
@@ -48,10 +48,19 @@ def test_only_some_and_a_mistake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert bench_training.main(["--quick", "--only", "lra-pathx"]) == 0
     card = load_card(tmp_path / "results/tmp/training")
-    assert card["turns"] == card["whole"] == [] and len(card["alone"]) == 1
+    assert card["turns"] == card["apart"] == [] and len(card["alone"]) == 1
     with pytest.raises(ValueError, match="did you mean 'lra-cifar'"): bench_training.main(["--only", "cifar"])
 
 
 def test_the_plan_is_of_published_models():
-    assert all(described(size)["published"] == {} for size in PLAN.whole)
-    assert all(described(size)["published"] == {"n_layers": 6} for size in PLAN.turns[:3])
+    assert all(described(size)["published"] == {} for size, _ in PLAN.apart[3:])
+    less = [described(size)["published"] for size in PLAN.turns[:3]]
+    assert less == [{"n_layers": 6}, {"n_layers": 6}, {"n_layers": 6, "length": 16000}]
+
+
+def test_what_was_measured_is_kept(tmp_path, monkeypatch):
+    def break_off(size, ways): raise KeyboardInterrupt
+    monkeypatch.setattr(bench_training, "apart", break_off)
+    with pytest.raises(KeyboardInterrupt): bench_training.main(["--quick", "--out", str(tmp_path)])
+    card = load_card(tmp_path)
+    assert card["state"] == "partial" and len(card["turns"]) == 3 and "apart" not in card
