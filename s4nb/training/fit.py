@@ -6,7 +6,7 @@
 __all__ = ['OURS', 'build', 'Loaders', 'task_of', 'make_trainer', 'finished', 'best_row', 'result', 'circumstances', 'fit',
            'train_and_test', 'describe', 'summary', 'run']
 
-# %% ../../nbs/6_training/68_fit.ipynb #6a2a567d
+# %% ../../nbs/6_training/68_fit.ipynb #cea6f8de
 import logging
 import warnings
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, TQDMProgressBar
 from omegaconf import OmegaConf
 
 from .architectures import Facts
@@ -137,7 +137,7 @@ def circumstances(e, model, command):
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "published": e.published, "config": asdict(e)}
 
-# %% ../../nbs/6_training/68_fit.ipynb #a3449b2f
+# %% ../../nbs/6_training/68_fit.ipynb #f7df1ab8
 def fit(e, data, model, command=None):
     "Trains and tests; returns the card, which lies in the run's folder with metrics.csv, config.yaml and curve.png."
     target, facts = Path(e.output_dir or Path("results") / e.name), Facts.of(data)
@@ -146,6 +146,7 @@ def fit(e, data, model, command=None):
         model.compile()
     trainer, task, loaders_ = make_trainer(e, folder, facts), task_of(e, facts, model), Loaders(e, data)
     record = Record(folder, circumstances(e, model, command), write=trainer.is_global_zero)
+    trainer.callbacks.append(LambdaCallback(on_train_epoch_end=lambda *_: record.update()))  # its seconds so far
     if trainer.is_global_zero:
         save_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(e)))
     try:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'LOSSES', 'AUTO', 'METRICS', 'NonFiniteLoss', 'first_bad_parameter', 'require_finite', 'set_length',
-           'cross_entropy', 'label_smoothing', 'binary_cross_entropy', 'BitsPerStep', 'count', 'step_seed', 'shared',
-           'Task']
+           'cross_entropy', 'label_smoothing', 'binary_cross_entropy', 'Average', 'BitsPerStep', 'count', 'step_seed',
+           'shared', 'Task']
 
-# %% ../../nbs/6_training/59_task.ipynb #ab9aa7ed
+# %% ../../nbs/6_training/59_task.ipynb #f66c1e3a
 import hashlib
 import math
 
@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from torch import distributed as dist
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 from torchmetrics.text import Perplexity
@@ -50,7 +50,7 @@ def set_length(model, l_max):
         kernel.set_length(l_max)
     return len(kernels)
 
-# %% ../../nbs/6_training/59_task.ipynb #edee6742
+# %% ../../nbs/6_training/59_task.ipynb #beadce32
 IGNORED = -100  # the label of a step that does not count
 
 
@@ -72,9 +72,25 @@ def binary_cross_entropy(outputs, y):
 
 LOSSES = {"cross_entropy": cross_entropy, "label_smoothing": label_smoothing,
           "binary_cross_entropy": binary_cross_entropy, "mse": F.mse_loss, "mae": F.l1_loss}
-AUTO = {"classification": ("cross_entropy", ["accuracy"]), "regression": ("mse", [])}  # kind → loss, metrics
+AUTO = {"classification": ("cross_entropy", ["accuracy"]), "regression": ("mse", ["mse"])}  # kind → loss, metrics
 
-# %% ../../nbs/6_training/59_task.ipynb #c160d82e
+# %% ../../nbs/6_training/59_task.ipynb #8c460bae
+class Average(Metric):
+    "The mean of a loss over all answers so far. (torchmetrics' own leaves out what is not a number; here it shows.)"
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum", persistent=True)
+        self.add_state("n", torch.tensor(0.0), dist_reduce_fx="sum", persistent=True)
+
+    def update(self, loss, n):
+        self.total += loss * n
+        self.n += n
+
+    def compute(self):
+        return self.total / self.n
+
+
 class BitsPerStep(Perplexity):
     "Mean cross-entropy in bits: log2 of the perplexity."
 
@@ -118,7 +134,7 @@ def shared(loss, n):
     dist.all_reduce(total)
     return loss * (n * dist.get_world_size() / total[0]) + total[1]
 
-# %% ../../nbs/6_training/59_task.ipynb #81e86a96
+# %% ../../nbs/6_training/59_task.ipynb #a54682e1
 class Task(L.LightningModule):
     """Trains and evaluates a Model on Batches (x, y, lengths, rate).
 
@@ -131,11 +147,12 @@ class Task(L.LightningModule):
         super().__init__()
         self.model, self.facts, self.make_optimizer, self.make_scheduler = model, facts, optimizer, scheduler
         automatic, usual = AUTO[one_of("kind", facts.kind, AUTO)]
-        self.loss = LOSSES[one_of("train.loss", automatic if loss == "auto" else loss, LOSSES)]
+        loss = one_of("train.loss", automatic if loss == "auto" else loss, LOSSES)
+        usual, self.loss = [name for name in usual if name != loss], LOSSES[loss]
         self.seed, self.rates, self.batch = seed, list(rates), 0
         self.metrics = [one_of("metric in train.metrics", name, METRICS) for name in dict.fromkeys([*usual, *metrics])]
         places = ["train", *(self.place(s, i) for s in ("val", "test") for i in range(len(rates)))]
-        self.meters = torch.nn.ModuleDict({f"{place}/loss": MeanMetric(nan_strategy="disable") for place in places})
+        self.meters = torch.nn.ModuleDict({f"{place}/loss": Average() for place in places})
         self.meters.update({f"{place}/{name}": METRICS[name](facts) for place in places for name in self.metrics})
         for meter in self.meters.values():
             meter.persistent(True)
