@@ -230,7 +230,7 @@ def norms():
     image = torch.randn(8, 4, 3, 2) + 1
     cumulative = BatchNorm(4)
     cumulative.momentum = None
-    return {"ours": (BatchNorm(4), x, None), "masked": (BatchNorm(4), x * mask, mask), "cumulative": (cumulative, x, None),
+    return {"ours": (BatchNorm(4), x.clone(), None), "masked": (BatchNorm(4), x * mask, mask), "cumulative": (cumulative, x.clone(), None),
             "torch 1d": (torch.nn.BatchNorm1d(4), x.mT.contiguous(), None), "torch 2d": (torch.nn.BatchNorm2d(4), image, None)}
 
 
