@@ -17,8 +17,8 @@ from s4nb.s4.block import S4D, S4Block
 from s4nb.ssm.lssl import LSSL
 from s4nb.training.generation import check_steps, choose, evaluating, forecast, generate, nucleus, save_wav
 
-LAYERS = {"S4": lambda d: S4Block(d, d_state=4), "S4D": lambda d: S4D(d, d_state=4), "LSSL": lambda d: LSSL(d, d_state=4),
-          "GRU": lambda d: GRU(d, d), "attention": lambda d: MultiHeadAttention(d, 2)}
+LAYERS = {"S4": lambda d: S4Block(d, d_state=4), "S4D": lambda d: S4D(d, d_state=4),
+          "LSSL": lambda d: LSSL(d, d_state=4), "GRU": lambda d: GRU(d, d), "attention": lambda d: MultiHeadAttention(d, 2)}
 
 
 def model_of(name="S4D", d=8, tokens=5):
@@ -29,7 +29,12 @@ def model_of(name="S4D", d=8, tokens=5):
     return Model(encoder, backbone, Decoder(d, tokens, "all"))
 
 
-def both_ways(): return Model(TokenEncoder(5, 8), SequenceModel(8, 1, lambda i: S4D(8, bidirectional=True)), Decoder(8, 5, "all"))
+def one_layer(layer=S4D, decoder=("all",), **options):
+    "A model of one layer of 8 features, 5 tokens."
+    return Model(TokenEncoder(5, 8), SequenceModel(8, 1, lambda i: layer(8, **options)), Decoder(8, 5, *decoder))
+
+
+def both_ways(): return one_layer(bidirectional=True)
 
 
 class Forgetful(S4D):
@@ -100,7 +105,7 @@ def test_long_float32_steps():
 
 def test_a_wrong_step_is_refused_with_its_figure():
     torch.manual_seed(0)
-    model, x = Model(TokenEncoder(5, 8), SequenceModel(8, 1, lambda i: Forgetful(8)), Decoder(8, 5, "all")), torch.zeros(1, 9).long()
+    model, x = one_layer(Forgetful), torch.zeros(1, 9).long()
     with evaluating(model):
         whole, state = model(x), None
         ys = []
@@ -126,8 +131,8 @@ def test_numbers_that_are_none_are_refused():
     (lambda: generate(both_ways(), steps=3), "bidirectional layer needs the future"),
     (lambda: check_steps(both_ways(), torch.zeros(1, 3).long()), "cannot generate"),
     (lambda: forecast(both_ways(), torch.zeros(1, 3, 1), 3), "cannot generate"),
-    (lambda: generate(Model(TokenEncoder(5, 8), SequenceModel(8, 1, lambda i: S4D(8)), Decoder(8, 5, "pool")), steps=3), "pool"),
-    (lambda: generate(Model(TokenEncoder(5, 8), SequenceModel(8, 1, lambda i: S4D(8)), Decoder(8, 5, "last", 7))), "7 times"),
+    (lambda: generate(one_layer(decoder=("pool",)), steps=3), "pool"),
+    (lambda: generate(one_layer(decoder=("last", 7))), "7 times"),
     (lambda: generate(model_of(), [1, 9]), "token 9"), (lambda: generate(model_of(), start=-1), "token -1"),
     (lambda: generate(model_of(), [0.5]), "whole numbers"), (lambda: generate(model_of(), [[[1]]]), r"\(1, 1, 1\)"),
     (lambda: generate(model_of(), [[1], [2]], n=3), "2 prompts for n=3"),
@@ -166,7 +171,8 @@ def literally(model, x, steps, seed, T, top_p, rate):
 @pytest.mark.parametrize("name", [*LAYERS, "SaShiMi"])
 def test_the_loop_gives_what_convolving_everything_gives(name):
     model = model_of(name).double()
-    for T, top_p, rate in ((1.0, 1.0, 1), (0.7, 0.8, 1), (0.0, 1.0, 1)) + ((1.0, 1.0, 0.5),) * (name in ("S4", "S4D", "LSSL")):
+    other_rate = ((1.0, 1.0, 0.5),) * (name in ("S4", "S4D", "LSSL"))
+    for T, top_p, rate in ((1.0, 1.0, 1), (0.7, 0.8, 1), (0.0, 1.0, 1)) + other_rate:
         expected = literally(model, torch.tensor([[3, 2, 2], [3, 1, 4]]), 25, 7, T, top_p, rate)
         got = generate(model, [[2, 2], [1, 4]], 25, temperature=T, top_p=top_p, seed=7, rate=rate, start=3)
         assert got.equal(expected) and got.dtype == torch.int64

@@ -1,4 +1,4 @@
-"""Next-step prediction: pairs, padding, codes and their inverse, the tasks that can be wrapped and those that cannot."""
+"""Next-step prediction: pairs, padding, codes and their inverse, tasks that can be wrapped and tasks that cannot."""
 
 import math
 
@@ -36,7 +36,8 @@ class Ramps(DataModule):
 
     @property
     def card(self):
-        return TaskCard("ramps", "up?", "made", {}, "at most 12", "one channel", "accuracy", "-", "-", {"coin": "50 %"}, {"us": 99.0})
+        blind, published = {"coin": "50 %"}, {"us": 99.0}
+        return TaskCard("ramps", "up?", "made", {}, "at most 12", "a channel", "accuracy", "-", "-", blind, published)
 
 
 # -- codes
@@ -47,7 +48,8 @@ def test_codes_are_those_of_torchaudio():
     for levels in (2, 3, 16, 256, 1024):
         assert mu_law(x, levels).equal(functional.mu_law_encoding(x, levels))
         codes = torch.arange(levels)
-        assert torch.allclose(mu_expand(codes, levels).double(), functional.mu_law_decoding(codes.double(), levels), rtol=1e-7)
+        expected = functional.mu_law_decoding(codes.double(), levels)
+        assert torch.allclose(mu_expand(codes, levels).double(), expected, rtol=1e-7)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 17, 255, 256, 4096])
@@ -82,10 +84,12 @@ def test_padded_steps_do_not_count():
     steps = torch.arange(12)[None] < batch.lengths[:, None]
     assert ((batch.y == IGNORE) == ~steps).all() and (batch.x[~steps] == 0).all()
     logits = torch.randn(10, 12, 5, dtype=torch.float64)
-    expected = torch.cat([F.cross_entropy(logits[i, :n], data.train[i][1], reduction="none") for i, n in enumerate(batch.lengths)])
+    rows = [(logits[i, :n], data.train[i][1]) for i, n in enumerate(batch.lengths)]
+    expected = torch.cat([F.cross_entropy(row, y, reduction="none") for row, y in rows])
     assert abs(F.cross_entropy(logits.flatten(0, 1), batch.y.flatten()) - expected.mean()) < 1e-14
-    accuracy = pytest.importorskip("torchmetrics.classification").MulticlassAccuracy(5, average="micro", ignore_index=IGNORE)
-    right = sum(int((logits[i, :n].argmax(-1) == data.train[i][1]).sum()) for i, n in enumerate(batch.lengths))
+    metrics = pytest.importorskip("torchmetrics.classification")
+    accuracy = metrics.MulticlassAccuracy(5, average="micro", ignore_index=IGNORE)
+    right = sum(int((row.argmax(-1) == y).sum()) for row, y in rows)
     assert abs(accuracy(logits.flatten(0, 1), batch.y.flatten()) - right / 75) < 1e-6
 
 
@@ -120,7 +124,8 @@ def noise(folder, write):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for digit in range(10):
-        for n in range(12): write(folder / f"{digit}_ada_{n}.wav", (rng.normal(size=500 + 10 * n) * 3000).astype("int16"))
+        for n in range(12):
+            write(folder / f"{digit}_ada_{n}.wav", (rng.normal(size=500 + 10 * n) * 3000).astype("int16"))
 
 
 def test_spoken_digits_by_the_mu_law(tmp_path):
@@ -198,7 +203,8 @@ def test_card_says_what_changed():
     data = NextStep(Ramps(), levels=32, quantize="mu-law")
     assert data.card.baseline == {} and data.state() == data.task.state()
     card = data.prepare().card
-    assert (card.name, card.vocabulary, card.published) == ("next-ramps", "32 levels, mu-law", {}) and "bits" in card.metric
+    assert (card.name, card.vocabulary, card.published) == ("next-ramps", "32 levels, mu-law", {})
+    assert "bits" in card.metric
     assert card.baseline["unigram, test"] == f"{data.unigram('test'):.3f} bits" and "coin" not in card.baseline
 
 
