@@ -132,7 +132,7 @@ def sampled(path, prompt=None, prefix=0, n=1, steps=None, temperature=1.0, top_p
     found = generate(build_saved(saved).to(device), begin, steps, n, temperature, top_p, seed, start=data.start).cpu()
     return (found if begin is None else torch.cat([begin.expand(n, -1), found], 1)), data
 
-# %% ../../nbs/6_training/76_trained.ipynb #974b51d1
+# %% ../../nbs/6_training/76_trained.ipynb #dc18f1fd
 def save_text_file(path, tokens, data):
     "Texts, a blank line between them; where tokens are no letters, their numbers."
     text = "\n\n".join(texts(tokens, data)) + "\n"
@@ -171,3 +171,6 @@ def save_pictures(path, tokens, data):
 
 
 WRITERS = {".txt": save_text_file, ".wav": save_sounds, ".png": save_pictures}
+
+
+
