@@ -9,7 +9,7 @@ from test_tables import facts_of
 
 from s4nb.training.experiments import experiment
 from s4nb.training.fit import run
-from s4nb.training.record import load_card
+from s4nb.training.record import load_card, report
 from s4nb.training.tables import EXPERIMENTS, FAMILIES
 
 FEW = "dataset.sizes=[8,4,4]"
@@ -61,6 +61,15 @@ def test_two_steps_and_an_evaluation(name, tmp_path):
     saved = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(torch.isfinite(value).all() for key, value in saved["state_dict"].items() if value.is_floating_point())
     assert Path(card["folder"], "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name", [family[0].name for family in FAMILIES.values()])
+def test_each_family_goes_on_from_its_checkpoint_and_is_reported(name, tmp_path):
+    first = run(shrink(name, tmp_path))
+    again = run(shrink(name, tmp_path, "trainer.max_epochs=2", f"train.resume={tmp_path / name}"))
+    assert (first["steps"], again["steps"], again["epochs"], again["state"]) == (2, 4, 2, "measured")
+    table = report(tmp_path)
+    assert name in table and all(f"{percent:g} ({source})" in table for source, percent in EXPERIMENTS[name].published.items())
 
 
 def test_half_the_rate_is_evaluated_and_named(tmp_path):
