@@ -130,7 +130,7 @@ class Carried:
     def load_state_dict(self, saved, device):
         self.state, self.past = (each_tensor(lambda t: t.to(device), saved[name]) for name in ("state", "past"))
 
-# %% ../../nbs/6_training/65_truncated.ipynb #f7f3db7b
+# %% ../../nbs/6_training/65_truncated.ipynb #22e56da2
 class TruncatedTask(Task):
     """A Task trained on the Pieces of Chunks, one optimiser step each; validation and test see whole sequences.
 
@@ -153,12 +153,12 @@ class TruncatedTask(Task):
             raise ValueError("with train.chunk the gradients of successive pieces cannot be accumulated: "
                              f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, set it to 1")
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.saved is not None and len(self.saved) != world and any(kept["past"] or kept["state"] for kept in self.saved):
-            raise ValueError(f"this checkpoint was written within sequences that {len(self.saved)} processes read; "
-                             f"continue it with as many, not {world}")
-        if self.saved is not None and len(self.saved) == world:
-            self.carried.load_state_dict(self.saved[rank], self.device)
-        self.saved = None
+        saved, self.saved = self.saved or [], None
+        if len(saved) == world:
+            self.carried.load_state_dict(saved[rank], self.device)
+        elif any(kept["past"] or kept["state"] is not None for kept in saved):
+            raise ValueError(f"this checkpoint was written within sequences that {len(saved)} processes read; continue "
+                             f"it with as many, not {world}")
 
     def training_step(self, piece, index):
         loss = self.measure("train", self.carried(self.model, piece), piece.y)
