@@ -31,7 +31,7 @@ from .record import report, write_report
 from .tables import EXPERIMENTS, FAMILIES
 from .trained import WRITERS, evaluate, metrics_text, sampled, texts
 
-# %% ../../nbs/6_training/71_run.ipynb #35aea609
+# %% ../../nbs/6_training/71_run.ipynb #e9cea991
 USAGE = """usage: s4nb train experiment=NAME [GROUP=CHOICE …] [KEY=VALUE …] [--multirun]
 
   s4nb train experiment=listops-mini
@@ -75,8 +75,10 @@ def train_help():
               wrapped(["seed=0", "output_dir=null", "wandb=null"]),
               "        output_dir: the folder of the results (null: results/NAME); wandb: a project there"]
     for group, options in GROUPS.items():
-        keys = fields_of(group, next(iter(options.values())))
-        lines.append(wrapped(keys, 8, f"    {group.replace('/', '.')}. "))
+        config = next(iter(options.values()))
+        lines.append(wrapped(fields_of(group, config), 8, f"    {group.replace('/', '.')}. "))
+        words = " ".join(cls.__doc__ for cls in type(config).__mro__[-2::-1]).split()  # without object
+        lines.append(wrapped(words, 10, "        # "))
     return "\n".join(lines + ["", "All keys of one run: s4nb train experiment=NAME [GROUP=CHOICE …] --cfg job",
                               "Options with a dash are Hydra's: --multirun, --cfg job, --info, --hydra-help."])
 
