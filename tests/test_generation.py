@@ -18,7 +18,8 @@ from s4nb.ssm.lssl import LSSL
 from s4nb.training.generation import check_steps, choose, evaluating, forecast, generate, nucleus, save_wav
 
 LAYERS = {"S4": lambda d: S4Block(d, d_state=4), "S4D": lambda d: S4D(d, d_state=4),
-          "LSSL": lambda d: LSSL(d, d_state=4), "GRU": lambda d: GRU(d, d), "attention": lambda d: MultiHeadAttention(d, 2)}
+          "LSSL": lambda d: LSSL(d, d_state=4), "GRU": lambda d: GRU(d, d),
+          "attention": lambda d: MultiHeadAttention(d, 2)}
 
 
 def model_of(name="S4D", d=8, tokens=5):
