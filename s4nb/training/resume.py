@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'SAVE', 'TIME_IS_OVER', 'APART', 'CLAIMS', 'AtomicCheckpointIO', 'Keep', 'History', 'Stopped', 'seconds_of',
-           'canonical', 'Checkpoints', 'settings_of', 'claim', 'readable', 'unfinished', 'find_run']
+           'canonical', 'Wishes', 'Checkpoints', 'settings_of', 'claim', 'readable', 'unfinished', 'find_run']
 
 # %% ../../nbs/6_training/67_resume.ipynb #eeb9862b
 import dataclasses
@@ -30,7 +30,7 @@ from torch import distributed as dist
 from ..data.base import write_atomically
 from .record import load_card, new_folder, save_rows
 
-# %% ../../nbs/6_training/67_resume.ipynb #7faeb6ef
+# %% ../../nbs/6_training/67_resume.ipynb #e1a3072a
 class AtomicCheckpointIO(TorchCheckpointIO):
     "Writes a checkpoint beside its place, to the disk, then renames it: at any moment there is a whole one, or none."
 
@@ -44,10 +44,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_atomically(path, write)
         except OSError as error:
             kept = "the one before it is whole" if Path(path).exists() else "there is none before it"
-            raise OSError(error.errno, f"the checkpoint {path} could not be written ({error.strerror}); {kept}. Make "
-                                       "room and continue the run with train.resume=auto") from error
+            why = getattr(error.__cause__, "strerror", None) or "is the disk full?"
+            raise OSError(error.errno, f"the checkpoint {path} could not be written ({why}); {kept}. Make room and "
+                                       "continue the run with train.resume=auto") from error
 
-
+# %% ../../nbs/6_training/67_resume.ipynb #f5eab068
 class Keep(L.Callback):
     "Adds to each checkpoint, under \"s4nb\", what a model is rebuilt from: dicts of the experiment and of its data's facts."
 
@@ -87,7 +88,7 @@ class History(Checkpoint):
             self.rows = list(checkpoint["history"]["rows"])
             self.begin = time.monotonic() - checkpoint["history"]["seconds"]
 
-# %% ../../nbs/6_training/67_resume.ipynb #c3bd3a8f
+# %% ../../nbs/6_training/67_resume.ipynb #fea79d6c
 class Stopped(SystemExit):
     "A run ends before its end, with a checkpoint to continue from: a signal came, or max_time is over."
 
@@ -111,7 +112,7 @@ def seconds_of(max_time):
         raise ValueError(f"trainer.max_time is DD:HH:MM:SS, for example 00:08:00:00 for eight hours; got {max_time!r}")
     return sum(int(part) * unit for part, unit in zip(parts, (86400, 3600, 60, 1)))
 
-
+# %% ../../nbs/6_training/67_resume.ipynb #e7305219
 def canonical(loops):
     """Lightning's counters in a checkpoint, set in place such that its loops go on right; returns where the run stands.
 
@@ -131,38 +132,24 @@ def canonical(loops):
     batch["is_last_batch"] = False
     return "epoch"
 
-# %% ../../nbs/6_training/67_resume.ipynb #4a38d492
-class Checkpoints(Checkpoint):
-    """Saves folder/checkpoints/last.ckpt every `minutes`, after each epoch and when the run is stopped; best.ckpt after
-    the best epoch by `monitor` ("max" or "min" by mode; the first if equal).
+# %% ../../nbs/6_training/67_resume.ipynb #b7c42903
+class Wishes:
+    """What a run is asked for: a checkpoint every `minutes`, an end after max_time (DD:HH:MM:SS), or by a signal."""
 
-    SIGTERM, SIGINT, or the end of max_time (DD:HH:MM:SS) raise Stopped after the step at hand. All processes agree.
-    """
+    def __init__(self, minutes, max_time, clock):
+        self.minutes, self.end, self.clock = minutes, clock() + seconds_of(max_time), clock
+        self.saved, self.asked, self.requeue = clock(), None, None
 
-    def __init__(self, folder, monitor="val/accuracy", mode="max", minutes=10.0, max_time=None, clock=time.monotonic):
-        self.last, self.best = (Path(folder) / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
-        self.monitor, self.sign, self.minutes, self.clock = monitor, {"max": 1, "min": -1}[mode], minutes, clock
-        self.begin, self.end, self.saved = clock(), seconds_of(max_time), clock()
-        self.score, self.asked, self.requeue, self.step, self.at, self.batch = None, None, None, 0, None, 0
-
-    @property
-    def best_model_path(self):
-        "Where trainer.test(ckpt_path=\"best\") finds the best epoch; empty before the first."
-        return str(self.best) if self.score is not None else ""
-
-    def on_train_start(self, trainer, module):
-        self.step = trainer.global_step
-        trainer.train_dataloader.load_state_dict({"batch": self.batch})  # Lightning may have set it up too early for this
-        if self.at == "epoch":  # with max_steps, Lightning takes every resumed run for one within an epoch
-            trainer.fit_loop.epoch_loop.restarting = False
-        environment = trainer._accelerator_connector.cluster_environment
-        if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGTERM, signal.SIGINT]
-            if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-                numbers.append(environment.requeue_signal or signal.SIGUSR1)
-                self.requeue = signal.getsignal(numbers[-1])  # Lightning's, which acts at once: it waits for the step
-            for number in numbers:
-                signal.signal(number, lambda number, frame: self.ask(trainer, number))
+    def listen(self, trainer):
+        "From now on SIGTERM, SIGINT and SLURM's announcement of the end wait for the end of a step."
+        environment, numbers = trainer._accelerator_connector.cluster_environment, [signal.SIGTERM, signal.SIGINT]
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            numbers.append(environment.requeue_signal or signal.SIGUSR1)
+            self.requeue = signal.getsignal(numbers[-1])  # Lightning's, which would act at once
+        for number in numbers:
+            signal.signal(number, lambda number, frame: self.ask(trainer, number))
 
     def ask(self, trainer, number):
         "The handler of signals: remembers the first and passes SIGTERM on to the processes that Lightning started."
@@ -172,28 +159,53 @@ class Checkpoints(Checkpoint):
             trainer.strategy.launcher.kill(number)
         self.asked = self.asked or int(number)
 
-    def wish(self, trainer):
+    def largest(self, trainer):
         "The largest wish of all processes."
         now = self.clock()
-        due = TIME_IS_OVER if now - self.begin >= self.end else SAVE if now - self.saved >= 60 * self.minutes else NOTHING
+        due = TIME_IS_OVER if now >= self.end else SAVE if now - self.saved >= 60 * self.minutes else NOTHING
         wish = torch.tensor(self.asked or due, device=trainer.strategy.root_device)
         if trainer.world_size > 1:
             dist.all_reduce(wish, dist.ReduceOp.MAX)
         return int(wish)
 
+# %% ../../nbs/6_training/67_resume.ipynb #87838488
+class Checkpoints(Checkpoint):
+    """Saves folder/checkpoints/last.ckpt every `minutes`, after each epoch and when the run is stopped; best.ckpt after
+    the best epoch by `monitor` ("max" or "min" by mode; the first if equal).
+
+    SIGTERM, SIGINT, or the end of max_time (DD:HH:MM:SS) raise Stopped after the step at hand. All processes agree.
+    """
+
+    def __init__(self, folder, monitor="val/accuracy", mode="max", minutes=10.0, max_time=None, clock=time.monotonic):
+        self.last, self.best = (Path(folder) / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
+        self.monitor, self.sign, self.wishes = monitor, {"max": 1, "min": -1}[mode], Wishes(minutes, max_time, clock)
+        self.score, self.step, self.at, self.batch = None, 0, None, 0  # step: of last.ckpt; at, batch: where it stood
+
+    @property
+    def best_model_path(self):
+        "Where trainer.test(ckpt_path=\"best\") finds the best epoch; empty before the first."
+        return str(self.best) if self.score is not None else ""
+
+    def on_train_start(self, trainer, module):
+        self.step = trainer.global_step
+        trainer.train_dataloader.load_state_dict({"batch": self.batch})  # Lightning may have made it too early for this
+        if self.at == "epoch":  # with max_steps, Lightning takes every resumed run for one within an epoch
+            trainer.fit_loop.epoch_loop.restarting = False
+        self.wishes.listen(trainer)
+
     def save(self, trainer):
         "Writes last.ckpt."
         trainer.save_checkpoint(self.last)
-        self.saved, self.step = self.clock(), trainer.global_step
+        self.wishes.saved, self.step = self.wishes.clock(), trainer.global_step
 
     def pause(self, trainer, always=False):
         "Writes last.ckpt if someone wishes (or always), and stops the run if that was asked for."
-        wish = self.wish(trainer)
+        wish = self.wishes.largest(trainer)
         if wish or always:
             self.save(trainer)
-        if self.requeue and wish not in (NOTHING, SAVE, TIME_IS_OVER, signal.SIGTERM, signal.SIGINT):
-            self.asked = None
-            self.requeue(wish, None)
+        if self.wishes.requeue and wish not in (NOTHING, SAVE, TIME_IS_OVER, signal.SIGTERM, signal.SIGINT):
+            self.wishes.asked = None
+            self.wishes.requeue(wish, None)
         elif wish > SAVE:
             raise self.stopped(trainer, wish)
 
@@ -215,8 +227,8 @@ class Checkpoints(Checkpoint):
             self.pause(trainer)
 
     def on_validation_batch_start(self, trainer, module, batch, index, dataloader_idx=0):
-        if self.asked in (signal.SIGTERM, signal.SIGINT):  # the evaluation begins anew
-            raise self.stopped(trainer, self.asked)
+        if self.wishes.asked in (signal.SIGTERM, signal.SIGINT):  # the evaluation begins anew
+            raise self.stopped(trainer, self.wishes.asked)
 
     def on_train_epoch_end(self, trainer, module):
         score = trainer.callback_metrics.get(self.monitor)
@@ -243,7 +255,7 @@ class Checkpoints(Checkpoint):
             self.score = checkpoint["checkpoints"]["score"] if self.best.exists() else None
             trainer.should_stop = checkpoint["checkpoints"]["stopped"]  # early stopping had its way
 
-# %% ../../nbs/6_training/67_resume.ipynb #fc9ec929
+# %% ../../nbs/6_training/67_resume.ipynb #6719419c
 APART = ("output_dir", "wandb", "train.resume", "train.checkpoint_minutes",
          *(f"trainer.{key}" for key in "max_time progress devices num_nodes strategy threads accelerator".split()))
 CLAIMS = {}  # the lock files that this process holds, by path
@@ -257,7 +269,7 @@ def settings_of(e):
         (config[group] if group else config).pop(field, None)
     return json.dumps(config, sort_keys=True)
 
-
+# %% ../../nbs/6_training/67_resume.ipynb #df912a2e
 def claim(folder):
     "Whether this process is now, until it ends, the only one that writes into a run's folder."
     path = (Path(folder) / "checkpoints" / ".lock").absolute()
@@ -278,14 +290,14 @@ def readable(checkpoint):
     try:
         keys = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True).keys()
     except Exception as error:  # torch has many: of the file, the archive, the pickle
-        raise ValueError(f"{checkpoint} is no whole checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}). "
+        raise ValueError(f"{checkpoint} is no whole checkpoint ({str(error).split('. ')[0] or type(error).__name__}). "
                          "Continue from another one of its folder (train.resume=PATH), or move the folder away to "
                          "begin anew") from error
     if "loops" not in keys:
         raise ValueError(f"{checkpoint} holds weights, not a run to continue: start from them with train.pretrained")
     return Path(checkpoint)
 
-
+# %% ../../nbs/6_training/67_resume.ipynb #e4d7893b
 def unfinished(root, name, settings):
     "The newest folder root/name[-n] of an unfinished run with these settings that no other process writes to, or None."
     numbered = {int(m[1] or 1): p for p in Path(root).glob(f"{name}*")
