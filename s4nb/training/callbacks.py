@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from ..s4.kernels import DiagKernel, DPLRKernel
 from ..ssm.layer import Kernel
 
-# %% ../../nbs/6_training/60_callbacks.ipynb #93e4f2d9
+# %% ../../nbs/6_training/60_callbacks.ipynb #ae4ceec4
 def is_batch_norm(module):
     "Whether a module keeps running statistics of its inputs (any batch norm of torch or of this book)."
     return getattr(module, "running_mean", None) is not None
@@ -34,7 +34,7 @@ def averaged_tensors(module):
             found |= {f"{name}.{key}": value for key, value in m.named_buffers(recurse=False)}
     return found
 
-
+# %% ../../nbs/6_training/60_callbacks.ipynb #25fa088f
 @torch.no_grad()
 def overwrite(module, values):
     "Copies values {name: tensor} into the tensors of a module, in place."
@@ -57,7 +57,7 @@ def observe(module, batch):
     for m, mode in modes.items():
         m.training = mode
 
-# %% ../../nbs/6_training/60_callbacks.ipynb #1699e61e
+# %% ../../nbs/6_training/60_callbacks.ipynb #23fe7850
 class Averaging(L.Callback):
     """Keeps an average of the weights; validation, test and `state_dict` in checkpoints are those of the average.
 
@@ -83,8 +83,8 @@ class Averaging(L.Callback):
     def on_train_start(self, trainer, module):
         total = trainer.estimated_stepping_batches
         if self.start and math.isinf(total):
-            raise ValueError(f"averaging from {self.start:.0%} of the run on needs the length of the run: set max_steps "
-                             "or max_epochs, and a loader that knows its length")
+            raise ValueError(f"averaging from {self.start:.0%} of the run on needs the length of the run: "
+                             "set max_steps or max_epochs, and a loader that knows its length")
         self.begin = int(self.start * total) if self.start else 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
@@ -156,7 +156,7 @@ class Averaging(L.Callback):
             self.average = snapshot(module)
             overwrite(module, saved["raw"])
 
-# %% ../../nbs/6_training/60_callbacks.ipynb #74dd10f3
+# %% ../../nbs/6_training/60_callbacks.ipynb #68f81450
 class Stage(NamedTuple):
     "Every `resolution`-th step of the data for `epochs` epochs; bandlimit: of every kernel, None: no limit."
     resolution: int = 1
@@ -168,8 +168,8 @@ def read_stage(i, given):
     "The i-th Stage from a dict with keys resolution, epochs, and perhaps bandlimit."
     unknown, missing = set(given) - set(Stage._fields), {"resolution", "epochs"} - set(given)
     if unknown or missing:
-        raise ValueError(f"stage {i} has the keys {', '.join(map(str, given))}: it needs resolution and epochs, may have "
-                         "bandlimit, and has no others")
+        raise ValueError(f"stage {i} has the keys {', '.join(map(str, given))}: it needs resolution and epochs, "
+                         "may have bandlimit, and has no others")
     stage = Stage(**given)
     for name in ("resolution", "epochs"):
         value = getattr(stage, name)
@@ -179,7 +179,7 @@ def read_stage(i, given):
         raise ValueError(f"stage {i}: bandlimit is a positive number or null for no limit, got {stage.bandlimit!r}")
     return stage
 
-
+# %% ../../nbs/6_training/60_callbacks.ipynb #6bf90a11
 def read_stages(given, total_epochs=None):
     "The list of Stages from dicts; ValueError where one is wrong or, of a run of total_epochs, would never begin."
     stages = [read_stage(i, stage) for i, stage in enumerate(given)]
@@ -203,13 +203,13 @@ def stage_at(stages, epoch):
         epoch -= stage.epochs
     return stages[-1] if stages else Stage()
 
-# %% ../../nbs/6_training/60_callbacks.ipynb #cc4ffba9
+# %% ../../nbs/6_training/60_callbacks.ipynb #c5e44158
 def set_bandlimit(model, bandlimit):
     "Sets the bandlimit of every diagonal kernel of a model (None: no limit); ValueError where none can take it."
     kernels = [m for m in model.modules() if isinstance(m, DiagKernel)]
     if not kernels or any(isinstance(m, DPLRKernel) for m in model.modules()):
-        raise ValueError("a bandlimit acts on single modes and needs kernels of mode 'diag' (S4D) only: "
-                         f"this model has {len(kernels)} of them; take bandlimit out of the stages, or change the layer")
+        raise ValueError("a bandlimit acts on single modes and needs kernels of mode 'diag' (S4D) only: this model has "
+                         f"{len(kernels)} of them; take bandlimit out of the stages, or change the layer")
     for kernel in kernels:
         kernel.options.bandlimit, kernel._cache = bandlimit, None  # the cache notices changed tensors, not options
 
@@ -239,7 +239,7 @@ class Resizing(L.Callback):
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.set_epoch(module, checkpoint["epoch"])  # the best epoch may be one of an earlier stage
 
-# %% ../../nbs/6_training/60_callbacks.ipynb #e86ea3cf
+# %% ../../nbs/6_training/60_callbacks.ipynb #d57f7e66
 def count_parameters(model):
     "{params/total, trainable, fixed}: numbers in parameters; fixed: those frozen, which kernels keep as buffers."
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -255,7 +255,7 @@ class ParamsLog(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(count_parameters(module), step=trainer.global_step)
 
-
+# %% ../../nbs/6_training/60_callbacks.ipynb #60b3d6af
 class StepTimer(L.Callback):
     """Logs seconds, the means of each epoch: timer/step (a training step), timer/inter_step (between two: waiting for
     data, logging), timer/validation, timer/epoch (all of it). clock: a function that returns the time in seconds.
@@ -291,7 +291,7 @@ class StepTimer(L.Callback):
     def on_train_epoch_end(self, trainer, module):
         self.report(module, "epoch", self.epoch)
 
-
+# %% ../../nbs/6_training/60_callbacks.ipynb #9047ecb4
 class Norms(L.Callback):
     "Logs norm/i, the mean square of the signal after block i (0: as it enters), on the first validation batch."
 
@@ -309,7 +309,7 @@ class Norms(L.Callback):
         module.log_dict({f"norm/{i}": value for i, value in enumerate(norms)}, on_step=False, on_epoch=True,
                         batch_size=1, add_dataloader_idx=False, sync_dist=True)
 
-# %% ../../nbs/6_training/60_callbacks.ipynb #7f8ac92f
+# %% ../../nbs/6_training/60_callbacks.ipynb #078263a8
 def callbacks_of(settings, total_epochs=None, monitor="val/accuracy", mode="max"):
     """The callbacks that `settings` asks for by its fields ema, swa, stages, early_stopping, timer and norms.
 
@@ -326,5 +326,6 @@ def callbacks_of(settings, total_epochs=None, monitor="val/accuracy", mode="max"
     if settings.stages:
         found.append(Resizing(settings.stages, total_epochs))
     if settings.early_stopping is not None:
-        found.append(EarlyStopping(monitor, mode=mode, patience=settings.early_stopping, check_on_train_epoch_end=False))
+        found.append(EarlyStopping(monitor, mode=mode, patience=settings.early_stopping,
+                                   check_on_train_epoch_end=False))
     return found + [StepTimer()] * bool(settings.timer) + [Norms()] * bool(settings.norms)

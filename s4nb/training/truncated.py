@@ -15,7 +15,7 @@ from torch import distributed as dist
 from ..data.base import Batch
 from .task import Task, require_finite
 
-# %% ../../nbs/6_training/65_truncated.ipynb #5392a044
+# %% ../../nbs/6_training/65_truncated.ipynb #73c6b84d
 class Piece(NamedTuple):
     "A piece of a Batch; first, last: whether the sequences begin or end with it."
     x: torch.Tensor
@@ -35,7 +35,7 @@ def cuts(l, size, pieces):
                          "train.chunk, or lower dataset.bucket, which puts short sequences together")
     return [(i * l // pieces, (i + 1) * l // pieces) for i in range(pieces)]
 
-
+# %% ../../nbs/6_training/65_truncated.ipynb #72883a13
 class Chunks:
     """The batches of a loader, each cut along time into ceil(l / size) Pieces that come one after the other.
 
@@ -82,14 +82,14 @@ class Chunks:
     def load_state_dict(self, state):
         self.skip = state["batch"]
 
-# %% ../../nbs/6_training/65_truncated.ipynb #edcdfeb7
+# %% ../../nbs/6_training/65_truncated.ipynb #f07f8d0f
 def each_tensor(f, state):
     "f of every tensor in a state of nested lists and tuples, what is None stays."
     if isinstance(state, (list, tuple)):
         return type(state)(each_tensor(f, part) for part in state)
     return f(state) if isinstance(state, torch.Tensor) else state
 
-
+# %% ../../nbs/6_training/65_truncated.ipynb #efe7a66f
 class Carried:
     """What truncated back-propagation keeps of sequences: `past`, the last `context` pieces, and the state before them.
 
