@@ -132,14 +132,14 @@ def estimate_time(e, seconds_per_step, examples):
     return {"steps_per_epoch": a_epoch, "steps": steps, "hours_per_epoch": a_epoch * seconds_per_step / 3600,
             "hours": steps * seconds_per_step / 3600}
 
-# %% ../../nbs/6_training/72_scale.ipynb #660ea31d
+# %% ../../nbs/6_training/72_scale.ipynb #65a4ba7f
 SLURM = """#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={gpus}
 #SBATCH --gpus-per-node={gpus}
 #SBATCH --cpus-per-task=8
-#SBATCH --time={limit}
+#SBATCH --time={minutes}
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -155,7 +155,7 @@ fi
 exit $code
 """
 
-
+# %% ../../nbs/6_training/72_scale.ipynb #29122315
 def slurm_script(name, *overrides, nodes=1, gpus=1, hours=24, spare_minutes=15, restarts=50):
     """A batch script for SLURM that trains an experiment on nodes × gpus, in as many jobs of `hours` as it takes.
 
@@ -163,15 +163,14 @@ def slurm_script(name, *overrides, nodes=1, gpus=1, hours=24, spare_minutes=15, 
     """
     given = ["trainer.accelerator=gpu", f"trainer.devices={gpus}", f"trainer.num_nodes={nodes}",
              *(["trainer.strategy=ddp"] if nodes * gpus > 1 else []), "trainer.progress=false", "train.resume=auto"]
-    minutes = round(60 * hours) - spare_minutes
-    if minutes < 1:
+    train = round(60 * hours) - spare_minutes
+    if train < 1:
         raise ValueError(f"jobs of {hours} hours leave no time beside {spare_minutes} spare minutes; make them longer")
-    given.append(f"trainer.max_time={minutes // 1440:02d}:{minutes // 60 % 24:02d}:{minutes % 60:02d}:00")
+    given.append(f"trainer.max_time={train // 1440:02d}:{train // 60 % 24:02d}:{train % 60:02d}:00")
     e = experiment(name, *given, *overrides)
     pieces = nodes * gpus * e.trainer.accumulate_grad_batches
     if e.dataset.batch_size % pieces:
         raise ValueError(f"dataset.batch_size={e.dataset.batch_size} cannot be dealt evenly to {pieces} parts "
                          f"({nodes} nodes × {gpus} GPUs × {e.trainer.accumulate_grad_batches} accumulated)")
     command = shlex.join(["s4nb", "train", f"experiment={name}", *given, *overrides])
-    limit = f"{int(hours)}:{round(60 * hours) % 60:02d}:00"
-    return SLURM.format(name=name, nodes=nodes, gpus=gpus, limit=limit, command=command, restarts=restarts)
+    return SLURM.format(name=name, nodes=nodes, gpus=gpus, minutes=round(60 * hours), command=command, restarts=restarts)
