@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from s4nb.training.architectures import Facts, S4DLayer, SequenceBackbone
-from s4nb.training.task import (IGNORED, LOSSES, METRICS, BitsPerStep, NonFiniteLoss, Task, binary_cross_entropy, count, cross_entropy,
+from s4nb.training.task import (IGNORED, LOSSES, METRICS, REAL, BitsPerStep, NonFiniteLoss, Task, binary_cross_entropy, count, cross_entropy,
                                 label_smoothing, require_finite, step_seed)
 
 CLASSES = Facts("classification", None, 2, 6, 12)
@@ -71,6 +71,34 @@ def test_area_under_the_curve_of_two_classes():
     assert meter.compute() == pytest.approx(share.item(), abs=0.01)
 
 
+def test_area_under_the_curve_does_not_depend_on_the_batches():
+    "Of a single row with both logits in [0, 1], torchmetrics would take the logits for probabilities."
+    torch.manual_seed(0)
+    z = torch.rand(80, 2)
+    y = (torch.rand(80) < torch.sigmoid(4 * (z[:, 1] - z[:, 0]))).long()
+    p = z.softmax(-1)
+    of_class = [(p[y == c, c][:, None] > p[y != c, c]).double().mean().item() for c in (0, 1)]
+    for rows in (80, 7, 1):
+        meter = METRICS["auc"](Facts("classification", None, 1, 2))
+        for one, labels in zip(z.split(rows), y.split(rows)):
+            count(meter, one, labels)
+        assert meter.compute() == pytest.approx(sum(of_class) / 2, abs=0.01)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "label_smoothing"])
+def test_a_batch_without_answers_changes_nothing(loss):
+    task = Task(model_of(CLASSES), CLASSES, adam, loss=loss, metrics=["accuracy@3", "f1", "auc", "ppl", "bits"])
+    x, y = torch.randn(4, 12, 2), torch.tensor([0, 5, IGNORED, 3])
+    for stage in ("train", "val"):
+        task.measure(stage, task(x), y)
+        before = {name: meter.compute() for name, meter in task.meters.items() if name.startswith(stage)}
+        task.zero_grad()
+        nothing = task.measure(stage, task(x), torch.full((4,), IGNORED))
+        nothing.backward()
+        assert nothing == 0 and all((p.grad == 0).all() for p in task.model.parameters() if p.grad is not None)
+        assert len(before) == 7 and all(task.meters[name].compute() == value for name, value in before.items())
+
+
 def test_the_loss_is_a_mean_over_answers_not_over_batches():
     task = Task(model_of(CLASSES), CLASSES, adam)
     x, y = torch.randn(5, 12, 2), torch.randint(6, (5,))
@@ -104,6 +132,59 @@ def test_a_loss_that_is_no_number_stops_and_shows():
 def test_unknown_names(given, text):
     with pytest.raises(ValueError, match=text):
         Task(model_of(CLASSES), CLASSES, adam, **given)
+
+
+@pytest.mark.parametrize("facts", [CLASSES, NUMBERS])
+def test_losses_and_metrics_of_the_other_kind_are_refused(facts):
+    real = facts is NUMBERS
+    for name in LOSSES:
+        if (name in REAL) == real:
+            Task(nn.Linear(2, 2), facts, adam, loss=name)
+        else:
+            with pytest.raises(ValueError, match=f"train.loss '{name}' is not for a {facts.kind}; allowed: {'binary' if real else 'cross'}"):
+                Task(nn.Linear(2, 2), facts, adam, loss=name)
+    for name in METRICS:
+        if (name in REAL) == real:
+            Task(nn.Linear(2, 2), facts, adam, metrics=[name])
+        else:
+            with pytest.raises(ValueError, match=f"metric in train.metrics '{name}' is not for a {facts.kind}; allowed"):
+                Task(nn.Linear(2, 2), facts, adam, metrics=[name])
+
+
+def test_too_few_classes():
+    two = Facts("classification", None, 2, 2, 12)
+    with pytest.raises(ValueError, match="accuracy@3 needs 3 classes or more, but the data have 2"):
+        Task(nn.Linear(2, 2), two, adam, metrics=["accuracy@3"])
+    with pytest.raises(ValueError, match="two classes or more, but d_output=1"):
+        Task(nn.Linear(2, 1), Facts("classification", None, 2, 1, 12), adam)
+
+
+@pytest.mark.parametrize("kind, outputs, y, expected", [
+    ("regression", (5, 1), torch.zeros(5), r"\(5, 1\), but torch.float32 of shape \(5,\)"),             # torch: 25 differences
+    ("regression", (5, 3), torch.zeros(5, 1), r"numbers of shape \(5, 3\)"),                          # torch: 15
+    ("regression", (5, 7, 3), torch.zeros(5, 3), r"numbers of shape \(5, 7, 3\)"),
+    ("classification", (5, 7, 3), torch.zeros(5, dtype=torch.long), r"classes of shape \(5, 7\)"),
+    ("classification", (5, 3), torch.zeros(5), r"classes of shape \(5,\), but torch.float32")])
+def test_answers_that_do_not_go_with_the_outputs(kind, outputs, y, expected):
+    task = Task(nn.Linear(3, 3), Facts(kind, None, 3, 3, 12), adam)
+    with pytest.raises(ValueError, match=expected):
+        task.measure("train", torch.zeros(outputs), y)
+
+
+def test_yes_or_no_labels_may_be_integers():
+    z, y = torch.randn(6, 4), torch.randint(2, (6, 4))
+    tasks = [Task(nn.Linear(4, 4), Facts("regression", None, 4, 4, 12), adam, loss="binary_cross_entropy") for _ in range(2)]
+    a, b = tasks[0].measure("val", z, y), tasks[1].measure("val", z, y.double())
+    assert a == pytest.approx(b.item(), rel=1e-6)
+    assert tasks[0].meters["val/mse"].compute() == pytest.approx((z - y).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("facts", [CLASSES, Facts("classification", None, 2, 2, 12), Facts("regression", None, 2, 1, 12)])
+def test_a_batch_of_one(facts):
+    y = torch.tensor([1]) if facts.kind == "classification" else torch.tensor([[0.5]])
+    task = Task(nn.Linear(3, facts.d_output), facts, adam)
+    task.measure("train", task.model(torch.randn(1, 3)), y).backward()
+    assert torch.isfinite(task.model.weight.grad).all() and torch.isfinite(task.meters["train/loss"].compute())
 
 
 def test_seeds_of_steps_are_spread():
