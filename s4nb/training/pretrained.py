@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'CONFIG', 'LOCAL', 'plain', 'known', 'part_of', 'experiment_of', 'portable', 'description',
            'save_pretrained', 'Saved', 'weights_file', 'read_folder', 'read_checkpoint', 'read_saved', 'mismatch',
-           'build_saved', 'kernels_with_length', 'from_pretrained', 'start_from']
+           'kernels_with_length', 'build_saved', 'from_pretrained', 'start_from']
 
 # %% ../../nbs/6_training/70_pretrained.ipynb #a267bf63
 import copy
@@ -161,7 +161,7 @@ def read_saved(path):
         raise ValueError(f"{file}: what it says of its experiment has no choices and values; write it anew")
     return saved
 
-# %% ../../nbs/6_training/70_pretrained.ipynb #74d53e0c
+# %% ../../nbs/6_training/70_pretrained.ipynb #0ee2529c
 def mismatch(own, tensors):
     "The first difference between two dicts of tensors {name: tensor} in words, or None."
     for name in dict.fromkeys([*own, *tensors]):
@@ -175,6 +175,11 @@ def mismatch(own, tensors):
     return None
 
 
+def kernels_with_length(model):
+    "The kernels of a model that store a length (DPLR)."
+    return [m for m in model.modules() if hasattr(m, "set_length")]
+
+# %% ../../nbs/6_training/70_pretrained.ipynb #5e41439d
 def build_saved(saved, l_max=None):
     "The Model of a Saved with its tensors, in evaluation mode; l_max as in from_pretrained."
     try:
@@ -196,11 +201,6 @@ def build_saved(saved, l_max=None):
         for kernel in kernels_with_length(model):
             kernel.set_length(l_max)
     return model.eval()
-
-
-def kernels_with_length(model):
-    "The kernels of a model that store a length (DPLR)."
-    return [m for m in model.modules() if hasattr(m, "set_length")]
 
 
 def from_pretrained(path, l_max=None):

@@ -31,7 +31,7 @@ from .record import report, write_report
 from .tables import EXPERIMENTS, FAMILIES
 from .trained import WRITERS, evaluate, metrics_text, sampled, texts
 
-# %% ../../nbs/6_training/71_run.ipynb #e9cea991
+# %% ../../nbs/6_training/71_run.ipynb #3615e1bf
 USAGE = """usage: s4nb train experiment=NAME [GROUP=CHOICE …] [KEY=VALUE …] [--multirun]
 
   s4nb train experiment=listops-mini
@@ -63,7 +63,7 @@ def fields_of(group, config):
             found += [f"{k}={value_text(v)}" for k, v in entries.items()]
     return found
 
-
+# %% ../../nbs/6_training/71_run.ipynb #f802dff9
 def train_help():
     "The help of `s4nb train`: experiments, choices, and all keys with the defaults of the first choice of each group."
     lines = [USAGE, "experiments (`s4nb experiments`: what each is, `s4nb experiments NAME`: all it sets)"]

@@ -25,7 +25,7 @@ from .generation import generate, save_wav
 from .pretrained import build_saved, experiment_of, plain, read_saved
 from .record import SHARES
 
-# %% ../../nbs/6_training/76_trained.ipynb #e4e920dd
+# %% ../../nbs/6_training/76_trained.ipynb #3cc5bedd
 def changed(e, overrides):
     "An Experiment with KEY=VALUE changes; a choice of another part, or an unknown key or value → ValueError."
     from omegaconf import OmegaConf
@@ -51,7 +51,7 @@ def same_facts(data, saved):
         if a != b:
             raise ValueError(f"{saved.file} was trained on data with {name}={a}, but {data.name} has {name}={b}")
 
-
+# %% ../../nbs/6_training/76_trained.ipynb #5bec9174
 @contextlib.contextmanager
 def quiet():
     "Lightning's remarks on what is meant (no worker processes, no logger) are left out."
@@ -81,7 +81,7 @@ def measured(e, data, model):
         parts = [*trainer.validate(task_, loaders, verbose=False), *trainer.test(task_, loaders, verbose=False)]
     return {name: value for metrics in parts for name, value in metrics.items()}
 
-
+# %% ../../nbs/6_training/76_trained.ipynb #829c97ba
 def evaluate(path, *overrides):
     """{val/accuracy: …, test/accuracy: …, …} of the weights saved at a path, with KEY=VALUE changes of their experiment.
 
@@ -132,7 +132,7 @@ def sampled(path, prompt=None, prefix=0, n=1, steps=None, temperature=1.0, top_p
     found = generate(build_saved(saved).to(device), begin, steps, n, temperature, top_p, seed, start=data.start).cpu()
     return (found if begin is None else torch.cat([begin.expand(n, -1), found], 1)), data
 
-# %% ../../nbs/6_training/76_trained.ipynb #dc18f1fd
+# %% ../../nbs/6_training/76_trained.ipynb #717442f3
 def save_text_file(path, tokens, data):
     "Texts, a blank line between them; where tokens are no letters, their numbers."
     text = "\n\n".join(texts(tokens, data)) + "\n"
@@ -154,7 +154,7 @@ def save_sounds(path, tokens, data):
     names = [path] if len(sounds) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, len(sounds) + 1)]
     return [save_wav(name, sound.clamp(-1, 1), hertz) for name, sound in zip(names, sounds)]
 
-
+# %% ../../nbs/6_training/76_trained.ipynb #fd599f77
 def save_pictures(path, tokens, data):
     "Rows of tokens (n l) as one sheet of grey pictures, side by side; they have to fill squares."
     from matplotlib.image import imsave
