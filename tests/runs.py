@@ -50,9 +50,9 @@ def toy_model(norm="layer", dropout=0.1):
     return Model(TokenEncoder(7, 8), SequenceModel(8, 1, layer, norm=norm, dropout=dropout), Decoder(8, 3))
 
 
-def toy_run(folder, checkpoint=None, data=None, model=None, norm="layer", dropout=0.1, workers=0, batch_size=8, bucket=2,
-            scheduler=None, extras=None, minutes=1e9, max_time=None, clock=None, spies=(), accumulate=1,
-            sync_batchnorm=True, **trainer):
+def toy_run(folder, checkpoint=None, data=None, model=None, norm="layer", dropout=0.1, workers=0, batch_size=8,
+            bucket=2, scheduler=None, extras=None, minutes=1e9, max_time=None, clock=None, spies=(), accumulate=1,
+            sync_batchnorm=True, environment=None, **trainer):
     "Trains for three epochs; returns (trainer, weights, rows of metrics.csv)."
     data, scheduler, train = data or Toy(), scheduler or CosineWarmup(warmup=3), Train(monitor="val/loss")
     task = Task(model or toy_model(norm, dropout), Facts.of(data), lambda m: AdamW().build(param_groups(m, 0.01, 0.01)),
@@ -64,8 +64,9 @@ def toy_run(folder, checkpoint=None, data=None, model=None, norm="layer", dropou
     own += [Devices(sync_batchnorm), history, Keep({}, {}),
             Checkpoints(folder, "val/loss", "min", minutes, max_time, **clock), *spies]
     settings = {"max_epochs": 3, "accelerator": "cpu", "devices": 1} | trainer
+    plugins = [AtomicCheckpointIO(), *([environment] if environment else [])]
     trainer = L.Trainer(**settings, accumulate_grad_batches=accumulate, callbacks=own, default_root_dir=folder,
-                        plugins=[AtomicCheckpointIO()], logger=False, enable_progress_bar=False,
+                        plugins=plugins, logger=False, enable_progress_bar=False,
                         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False)
     trainer.fit(task, batches(data, "train", batch_size, 0, bucket, workers, 1, accumulate),
                 batches(data, "val", 8, workers=workers), ckpt_path=checkpoint)

@@ -1,5 +1,4 @@
 "Several processes compute what one does."
-from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -9,10 +8,10 @@ import torch
 from runs import Toy, finish, on_two, silent, toy_model, toy_run
 from torch import distributed as dist
 
-from s4nb.data.base import Batch, DataModule, pad_batch
+from s4nb.data.base import DataModule, pad_batch
 from s4nb.data.synthetic import Copying
 from s4nb.models.backbone import BatchNorm
-from s4nb.training.devices import (Batches, Devices, SyncedBatchNorm, SyncedChannels, agreed, deals, processes, shares,
+from s4nb.training.devices import (Batches, SyncedBatchNorm, SyncedChannels, agreed, deals, processes, shares,
                                    synchronise)
 from s4nb.training.task import IGNORED, NonFiniteLoss
 
@@ -35,7 +34,8 @@ def test_the_only_batch_is_not_dropped():
     assert shares(range(17), 8, 0, 1) == [list(range(8)), list(range(8, 16))]
 
 
-@pytest.mark.parametrize("n, batch_size, world, accumulate", [(50, 9, 2, 1), (50, 4, 3, 1), (50, 6, 2, 2), (1, 8, 2, 1)])
+@pytest.mark.parametrize("n, batch_size, world, accumulate", [(50, 9, 2, 1), (50, 4, 3, 1), (50, 6, 2, 2),
+                                                              (1, 8, 2, 1)])
 def test_what_cannot_be_dealt_evenly(n, batch_size, world, accumulate):
     with pytest.raises(ValueError, match=f"batch_size={batch_size} of {n} examples cannot be dealt evenly to "
                                          f"{world * accumulate} batches.*multiple of {world * accumulate}"):
@@ -230,8 +230,9 @@ def norms():
     image = torch.randn(8, 4, 3, 2) + 1
     cumulative = BatchNorm(4)
     cumulative.momentum = None
-    return {"ours": (BatchNorm(4), x.clone(), None), "masked": (BatchNorm(4), x * mask, mask), "cumulative": (cumulative, x.clone(), None),
-            "torch 1d": (torch.nn.BatchNorm1d(4), x.mT.contiguous(), None), "torch 2d": (torch.nn.BatchNorm2d(4), image, None)}
+    return {"ours": (BatchNorm(4), x.clone(), None), "masked": (BatchNorm(4), x * mask, mask),
+            "cumulative": (cumulative, x.clone(), None), "torch 1d": (torch.nn.BatchNorm1d(4), x.mT.contiguous(), None),
+            "torch 2d": (torch.nn.BatchNorm2d(4), image, None)}
 
 
 def test_synchronised_norms_are_those_of_the_whole_batch(tmp_path):
@@ -266,8 +267,8 @@ def test_alone_a_synchronised_norm_is_the_plain_one():
     x, mask = torch.randn(4, 5, 3), torch.arange(5)[:, None] < 4
     plain, synced = BatchNorm(3), synchronise(torch.nn.Sequential(BatchNorm(3)))[0]
     assert torch.equal(plain(x, mask.expand(4, 5, 1)), synced(x, mask.expand(4, 5, 1)))
-    picture = torch.randn(4, 3, 2, 2)
-    assert torch.equal(torch.nn.BatchNorm2d(3)(picture), synchronise(torch.nn.Sequential(torch.nn.BatchNorm2d(3)))[0](picture))
+    picture, synced = torch.randn(4, 3, 2, 2), synchronise(torch.nn.Sequential(torch.nn.BatchNorm2d(3)))[0]
+    assert torch.equal(torch.nn.BatchNorm2d(3)(picture), synced(picture))
 
 
 # ---- one decision for all --------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ import lightning as L
 import pytest
 import runs
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from runs import Toy, experiment, finish, start, toy_model, toy_run, wait_for
 
-from s4nb.training.configs import Callbacks, Plateau
+from s4nb.training.configs import Callbacks, Constant, Plateau
 from s4nb.training.devices import Batches
 from s4nb.training.record import load_card, load_rows
 from s4nb.training.resume import (AtomicCheckpointIO, Stopped, canonical, claim, find_run, readable, seconds_of,
@@ -31,8 +32,8 @@ def last(folder): return Path(folder) / "checkpoints" / "last.ckpt"
 def outcome(folder):
     "What a run leaves that must not depend on its interruptions."
     checkpoint = torch.load(last(folder / "toy"), weights_only=True)
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in load_rows(folder / "toy/metrics.csv")]
-    card = load_card(folder / "toy")
+    rows, card = load_rows(folder / "toy/metrics.csv"), load_card(folder / "toy")
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
     return checkpoint["state_dict"], checkpoint["optimizer_states"][0]["state"], rows, card["state"], card.get("result")
 
 
@@ -53,31 +54,35 @@ def uninterrupted(tmp_path_factory):
 
 
 def run_with_kills(folder, kills, rng):
-    "Kills the run at random moments after random steps, so many times; then lets it end. Returns the steps of the kills."
+    "Kills a run of 15 steps at random moments, so many times, and then lets it end. Returns the steps of the kills."
     struck = []
     while True:
         process, steps = start(experiment(folder))
-        at = rng.randrange(15)
+        at = steps.recv() + rng.randrange(max(2, 12 // kills))
         if len(struck) < kills and wait_for(steps, at):
-            time.sleep(rng.uniform(0, 0.05))
+            time.sleep(rng.uniform(0, 0.02))
             process.kill()
-            struck += [at] * (finish(process) == -signal.SIGKILL)
+            finish(process)
+            struck.append(at)
         else:
             assert finish(process) == 0
-            if len(struck) == kills: return struck
+            return struck
 
 
 def test_two_kills_change_nothing(tmp_path, uninterrupted):
-    run_with_kills(tmp_path, 2, random.Random(0))
+    assert len(run_with_kills(tmp_path, 2, random.Random(0))) == 2
     assert_same(outcome(tmp_path), uninterrupted)
     assert sorted(p.name for p in tmp_path.glob("toy*")) == ["toy"]
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("seed", range(2))
-def test_twenty_kills_change_nothing(tmp_path, uninterrupted, seed):
-    run_with_kills(tmp_path, 20, random.Random(seed))
-    assert_same(outcome(tmp_path), uninterrupted)
+def test_twenty_kills_change_nothing(tmp_path, uninterrupted):
+    rng, struck = random.Random(1), []
+    while len(struck) < 20:
+        folder = tmp_path / str(len(struck))
+        struck += run_with_kills(folder, 20, rng)
+        assert_same(outcome(folder), uninterrupted)
+    assert len(set(struck)) > 5
 
 
 def test_sigterm_saves_the_step_at_hand(tmp_path, uninterrupted):
@@ -213,6 +218,39 @@ def test_signals_stop_after_the_step(tmp_path, whole, number, at, said):
     assert stopped.value.code == 128 + number and signal.getsignal(number) == before
     _, resumed, rows = toy_run(tmp_path, last(tmp_path))
     assert (resumed.keys(), rows) == (whole("plain")[0].keys(), whole("plain")[1]) and equal(resumed, whole("plain")[0])
+
+
+def test_slurm_s_signal_waits_for_the_step(tmp_path, whole, monkeypatch):
+    "Lightning's handler saves and queues the job again; here, with the counts of a step that is done."
+    commands = []
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda c: commands.append(c) or 0)
+    for key, value in {"JOB_ID": "7", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    _, weights, _ = toy_run(tmp_path, spies=[Signal(signal.SIGUSR1, step=3)], environment=SLURMEnvironment())
+    assert commands == [["scontrol", "requeue", "7"]] and equal(weights, whole("plain")[0])
+    assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 4
+    _, resumed, rows = toy_run(tmp_path, tmp_path / "hpc_ckpt_1.ckpt", environment=SLURMEnvironment())
+    assert equal(resumed, weights) and rows == whole("plain")[1]
+
+
+def test_early_stopping_is_final(tmp_path):
+    trainer, weights, rows = toy_run(tmp_path, extras=Callbacks(early_stopping=1), max_epochs=9)
+    assert len(rows) < 9
+    again, resumed, same = toy_run(tmp_path, last(tmp_path), extras=Callbacks(early_stopping=1), max_epochs=9)
+    assert (again.global_step, same) == (trainer.global_step, rows) and equal(resumed, weights)
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    scheduler = Constant()
+    toy_run(tmp_path, scheduler=scheduler, max_epochs=2)
+    _, longer, rows = toy_run(tmp_path, last(tmp_path), scheduler=scheduler, max_epochs=3)
+    _, at_once, same = toy_run(tmp_path / "at once", scheduler=scheduler, max_epochs=3)
+    assert equal(longer, at_once) and rows == same
+
+
+def test_rows_have_the_metrics_of_their_own_epoch(whole):
+    rows = whole("rare validation", **CASES["rare validation"])[1]
+    assert [("val/loss" in row, "train/loss" in row) for row in rows] == [(False, True), (True, True)] * 2
 
 
 def test_checkpoints_come_in_time(tmp_path):

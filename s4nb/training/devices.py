@@ -72,7 +72,7 @@ class Drawn(Dataset):
         torch.default_generator.set_state(before)
         return items
 
-# %% ../../nbs/6_training/74_devices.ipynb #b5e3bdfc
+# %% ../../nbs/6_training/74_devices.ipynb #26de7775
 class Batches:
     """The batches of a split, in the order of (seed, epoch): those of this process, from `begin` on.
 
@@ -82,7 +82,8 @@ class Batches:
     `state_dict` in checkpoints; workers that read ahead do not matter, for batches count when they are handed out.
     """
 
-    def __init__(self, data, split, batch_size, seed=0, bucket=1, workers=0, rate=1, accumulate=1, rank=None, world=None):
+    def __init__(self, data, split, batch_size, seed=0, bucket=1, workers=0, rate=1, accumulate=1, rank=None,
+                 world=None):
         self.data, self.split, self.batch_size, self.seed, self.bucket = data, split, batch_size, seed, bucket
         self.workers, self.rate, self.accumulate, self.place = workers, rate, accumulate, (rank, world)
         self.epoch, self.begin, self.given, self.sampler, self.batch_sampler = 0, 0, 0, self, None

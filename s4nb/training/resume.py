@@ -48,9 +48,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(error.errno, f"the checkpoint {path} could not be written ({why}); {kept}. Make room and "
                                        "continue the run with train.resume=auto") from error
 
-# %% ../../nbs/6_training/67_resume.ipynb #f5eab068
+# %% ../../nbs/6_training/67_resume.ipynb #bc5ea542
 class Keep(L.Callback):
-    "Adds to each checkpoint, under \"s4nb\", what a model is rebuilt from: dicts of the experiment and of its data's facts."
+    "Adds to each checkpoint, under \"s4nb\", what rebuilds its model: dicts of the experiment and of its data's facts."
 
     def __init__(self, experiment, facts):
         self.kept = json.loads(json.dumps({"experiment": experiment, "facts": facts}))
@@ -58,9 +58,9 @@ class Keep(L.Callback):
     def on_save_checkpoint(self, trainer, module, checkpoint):
         checkpoint["s4nb"] = self.kept
 
-# %% ../../nbs/6_training/67_resume.ipynb #e4f65e04
+# %% ../../nbs/6_training/67_resume.ipynb #5e02607f
 class History(Checkpoint):
-    "The metrics of each epoch as rows of metrics.csv; checkpoints hold them, so that a resumed run loses or doubles none."
+    "The metrics of each epoch as rows of metrics.csv; checkpoints hold them, so that a resumed run has each just once."
 
     def __init__(self, folder):
         self.path, self.rows, self.begin = Path(folder) / "metrics.csv", [], time.monotonic()
@@ -168,7 +168,7 @@ class Wishes:
             dist.all_reduce(wish, dist.ReduceOp.MAX)
         return int(wish)
 
-# %% ../../nbs/6_training/67_resume.ipynb #87838488
+# %% ../../nbs/6_training/67_resume.ipynb #71fae99c
 class Checkpoints(Checkpoint):
     """Saves folder/checkpoints/last.ckpt every `minutes`, after each epoch and when the run is stopped; best.ckpt after
     the best epoch by `monitor` ("max" or "min" by mode; the first if equal).
@@ -236,7 +236,7 @@ class Checkpoints(Checkpoint):
             self.score = score.item()
             trainer.save_checkpoint(self.best)
 
-    def on_train_epoch_start(self, trainer, module):  # not at the end of the one before: plateau schedules step after it
+    def on_train_epoch_start(self, trainer, module):  # when the epoch before has ended: plateau schedules move late
         if trainer.global_step > self.step:
             self.pause(trainer, always=True)
 
