@@ -13,6 +13,7 @@ from s4nb.training.architectures import Facts
 from s4nb.training.estimate import (Footprint, accumulation, estimate_memory, estimate_time, kept_bytes,
                                     optimizer_bytes, slurm_script, training_loss)
 from s4nb.training.experiments import compose, experiment
+from s4nb.training.resume import seconds_of
 from s4nb.training.run import main
 
 GB = 2**30
@@ -101,7 +102,8 @@ def test_the_command_in_the_script_composes():
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     e = compose(command_of(script))
     assert (e.trainer.num_nodes, e.trainer.devices, e.trainer.strategy, e.trainer.accelerator) == (2, 8, "ddp", "gpu")
-    assert (e.train.resume, e.trainer.max_time, e.dataset.sizes) == ("auto", "01:06:20:00", [96, 32, 32])
+    assert (e.train.resume, e.trainer.max_time, e.dataset.sizes) == ("auto", "1:6:20:0", [96, 32, 32])
+    assert seconds_of(e.trainer.max_time) == 60 * (30 * 60 + 30 - 10)
     for line in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=1830", "--requeue"):
         assert f"#SBATCH {line}\n" in script
     assert compose(command_of(slurm_script("lra-listops"))).trainer.strategy == "auto"

@@ -155,7 +155,7 @@ fi
 exit $code
 """
 
-# %% ../../nbs/6_training/72_scale.ipynb #29122315
+# %% ../../nbs/6_training/72_scale.ipynb #3b496ff4
 def slurm_script(name, *overrides, nodes=1, gpus=1, hours=24, spare_minutes=15, restarts=50):
     """A batch script for SLURM that trains an experiment on nodes × gpus, in as many jobs of `hours` as it takes.
 
@@ -166,7 +166,7 @@ def slurm_script(name, *overrides, nodes=1, gpus=1, hours=24, spare_minutes=15, 
     train = round(60 * hours) - spare_minutes
     if train < 1:
         raise ValueError(f"jobs of {hours} hours leave no time beside {spare_minutes} spare minutes; make them longer")
-    given.append(f"trainer.max_time={train // 1440:02d}:{train // 60 % 24:02d}:{train % 60:02d}:00")
+    given.append(f"trainer.max_time={train // 1440}:{train // 60 % 24}:{train % 60}:0")
     e = experiment(name, *given, *overrides)
     pieces = nodes * gpus * e.trainer.accumulate_grad_batches
     if e.dataset.batch_size % pieces:
