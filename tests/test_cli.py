@@ -19,8 +19,8 @@ SMALL = ["experiment=listops-mini", "dataset.sizes=[640,32,32]", "model.d_model=
 COMMAND = "import sys; from s4nb.training.run import main; sys.exit(main())"
 
 
-def shell(*arguments, cwd, setup=""):
-    return subprocess.run([sys.executable, "-c", setup + COMMAND, *arguments], cwd=cwd, capture_output=True, text=True,
+def shell(*arguments, cwd):
+    return subprocess.run([sys.executable, "-c", COMMAND, *arguments], cwd=cwd, capture_output=True, text=True,
                           timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
@@ -35,14 +35,6 @@ def test_twenty_steps_in_an_empty_folder(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"data", "results"}
     assert {p.name for p in (tmp_path / "results" / "listops-mini").iterdir()} == {
         "card.json", "config.yaml", "curve.png", "metrics.csv", "checkpoints", "tensorboard"}
-
-
-def test_a_sweep_makes_a_folder_for_each_job(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    arguments = [a for a in SMALL if not a.startswith("model.d_model")]
-    assert main(["train", *arguments, "model.d_model=4,8", "trainer.progress=false", "trainer.max_steps=1", "--multirun"]) == 0
-    cards = [json.loads(p.read_text()) for p in sorted((tmp_path / "results").glob("*/card.json"))]
-    assert [c["config"]["model"]["d_model"] for c in cards] == [4, 8]
 
 
 def test_hydra_shows_the_configuration(tmp_path, monkeypatch, capsys):
@@ -121,7 +113,7 @@ def test_every_experiment_is_listed_with_what_was_published(capsys):
         assert e.about in lines[name] and all(f"{value:.2f} %" in lines[name] for value in list(e.published.values())[:1])
 
 
-@pytest.mark.parametrize("name", ["lra-pathx", "pmnist-lssl", "digits-next"])
+@pytest.mark.parametrize("name", ["pmnist-lssl", "digits-next"])
 def test_what_is_shown_of_an_experiment_is_what_one_can_type(name, capsys):
     assert main(["experiments", name]) == 0
     shown, e = capsys.readouterr().out, EXPERIMENTS[name]
@@ -140,10 +132,13 @@ def test_what_is_shown_of_an_experiment_is_what_one_can_type(name, capsys):
 
 
 def test_without_hydra_all_but_train_works(tmp_path):
-    block = "import sys; sys.modules.update(dict.fromkeys(['hydra', 'omegaconf', 'lightning', 'torchmetrics'])); "
-    assert shell("experiments", cwd=tmp_path, setup=block).returncode == 0
-    done = shell("train", "experiment=listops-mini", cwd=tmp_path, setup=block)
-    assert done.returncode == 2 and 's4nb[train]' in done.stderr and done.stderr.count("\n") == 1
+    code = ("import sys; sys.modules.update(dict.fromkeys(['hydra', 'omegaconf', 'lightning', 'torchmetrics']))\n"
+            "from s4nb.training.run import main\n"
+            "print([main(['experiments']), main(['report', '.']), main(['train', 'experiment=digits']), main(['eval', 'x'])])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.endswith("[0, 0, 2, 2]\n"), done.stderr
+    assert done.stderr.count("\n") == 2 == done.stderr.count('pip install "s4nb[train]"')
 
 
 # ---- what is done with the weights of a run ----------------------------------------------------------------------------
@@ -267,18 +262,15 @@ def test_report_has_the_run(here, capsys):
 
 # ---- runs that fail, or are stopped ------------------------------------------------------------------------------------
 def test_a_run_that_fails_is_one_line_and_1(tmp_path, monkeypatch, capsys):
-    "And in a sweep the other jobs go on."
+    "In a sweep each job has its folder, and the others go on."
     monkeypatch.chdir(tmp_path)
     quick = [a for a in SMALL if not a.startswith("trainer.max_epochs")] + ["trainer.max_epochs=1", "trainer.progress=false", "scheduler=constant", "scheduler.warmup=0"]
-    assert main(["train", *quick, "optimizer.lr=1e30"]) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("s4nb train: the loss is")
     assert main(["train", *quick, "optimizer.lr=1e30,0.01", "--multirun"]) == 1
     err, states = capsys.readouterr().err, {}
     for path in (tmp_path / "results").glob("*/card.json"):
         card = json.loads(path.read_text())
         states[card["config"]["optimizer"]["lr"]] = card["state"]
-    assert "s4nb train: the loss is" in err and "Traceback" not in err
+    assert err.startswith("s4nb train: the loss is") and "Traceback" not in err
     assert states == {1e30: "failed", 0.01: "measured"}
 
 
@@ -294,7 +286,6 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def wrong(*arguments): raise ZeroDivisionError("a bug")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("s4nb.training.fit.run", wrong)
-    with pytest.raises(ZeroDivisionError): main(["train", *SMALL])
     with pytest.raises(ZeroDivisionError): main(["train", *SMALL, "seed=0,1", "--multirun"])
 
 
