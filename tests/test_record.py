@@ -1,5 +1,6 @@
 """The record of a run: cards, rows, blind guesses, curves, loggers and the report, against computations of their own."""
 import math
+import re
 import shutil
 import subprocess
 import threading
@@ -193,6 +194,24 @@ def test_curve_of_nothing_and_of_negative_losses():
     assert axes.get_yscale() == "linear"
 
 
+def test_curve_of_one_epoch_and_of_no_finite_number():
+    (axes,) = learning_curve([{"epoch": 1, "val/loss": 1.0}]).axes
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]          # not 0.96, 0.98, …
+    (axes,) = learning_curve([{"epoch": 1, "val/loss": math.nan, "val/accuracy": math.inf}]).axes
+    assert axes.get_ylabel() == "loss" and not axes.lines
+
+
+def test_curve_of_many_metrics_has_rows_and_rates_have_marks():
+    names = ("loss", "accuracy", "accuracy@3", "f1", "auc")
+    figure = learning_curve([{"epoch": e, **{f"val/{name}": 1 / e for name in names}} for e in (1, 2)])
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    assert figure.get_figwidth() < 15 and figure.get_figheight() > 5
+    (axes,) = learning_curve([{"epoch": e, "val/loss": 1 / e, "val/2/loss": 2 / e, "val/4/loss": 3 / e} for e in (1, 2)]).axes
+    assert len({line.get_marker() for line in axes.lines}) == 3
+
+
 # ---- loggers ---------------------------------------------------------------------------------------------------------
 def test_tensorboard_always_and_wandb_when_asked(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -307,6 +326,65 @@ def test_a_broken_card_stops_the_report_and_is_named(tmp_path):
     (tmp_path / "b" / "card.json").write_text('{"name": "toy", "st')
     with pytest.raises(ValueError, match=r"b/card\.json is no card: Unterminated string"):
         report(tmp_path)
+
+
+@pytest.mark.parametrize("odd, words", [({"config": None}, "AttributeError"), ({"result": {"accuracy": None}}, "NoneType"),
+                                        ({"result": {"accuracy": "good"}}, "must be real number, not str"), ({"chance": 0.1}, "float"),
+                                        ({"best_epoch": {"epoch": 3}}, "KeyError: 'rule'"), ({"published": {"a paper": "61"}}, "str"),
+                                        ({"state": "failed", "error": {"a": 1}}, "TypeError"), ({"seed": "one"}, "one")])
+def test_a_card_that_gives_no_row_stops_the_report_and_is_named(tmp_path, odd, words):
+    save_card(tmp_path / "a", card())
+    save_card(tmp_path / "odd" / "one", card() | odd)
+    with pytest.raises(ValueError, match=rf"odd/one/card\.json is not the card of a run \(.*{words}.*correct it, or move its folder"):
+        report(tmp_path)
+
+
+def test_cards_that_lack_something_say_nothing_of_it(tmp_path):
+    save_card(tmp_path / "bare", {"name": "bare", "state": "measured", "config": {}})
+    save_card(tmp_path / "empty", card(name="empty") | dict.fromkeys(("published", "result", "chance", "best_epoch", "wall_seconds", "error", "device")))
+    save_card(tmp_path / "unknown", card(name="unknown", state="dreamt", result={"accuracy": 0.987}))
+    bare, empty, unknown = table(tmp_path)
+    assert bare == ["[bare](bare/card.json)", "", "", "", "", "", "", "", "", "measured", "in Python: see its card"]
+    assert empty[1:5] == empty[1:2] * 4 == [""] * 4 and empty[5] == "2" and empty[7:10] == ["", "", "measured"]
+    assert unknown[2] == "" and unknown[9] == "dreamt"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_results_that_are_no_numbers_are_shown(tmp_path, value):
+    for seed, accuracy in enumerate((0.5, value)):
+        save_card(tmp_path / f"{seed}", card(seed=seed, accuracy=accuracy))
+    (row,) = table(tmp_path)
+    assert row[2] == f"{value} ± nan %" and row[6] == "0, 1"
+
+
+def test_names_with_bars_and_letters_of_all_kinds(tmp_path):
+    save_card(tmp_path / "a", card(name="Δ|数字", device="a\nb|c", command="s4nb train 'x|y'"))
+    save_card(tmp_path / "b", {"state": None, "what": "a|b\nc", "command": 7})
+    save_card(tmp_path / "c", {})
+    text = report(tmp_path)
+    runs, others = text.split("\n## Other measurements\n")
+    for part, columns in ((runs, 11), (others, 4)):
+        rows = [line for line in part.splitlines() if line.startswith("|")]
+        assert len(rows) == 3 and all(len(re.split(r"(?<!\\)\|", line)) == columns + 2 for line in rows)
+    assert "Δ\\|数字" in runs and "a b\\|c" in runs and "|  | a\\|b c | 7 |" in others
+    assert write_report(tmp_path).read_text() == write_report(tmp_path).read_text()
+
+
+def test_seeds_stand_in_their_order(tmp_path):
+    for seed in (10, 9, 2, 1):
+        save_card(tmp_path / f"toy-{seed}", card(seed=seed))
+    (row,) = table(tmp_path)
+    assert row[6] == "1, 2, 9, 10" and row[4].startswith("5, 6, 13, 14:") and row[0].startswith("[toy](toy-1/card.json) [2](toy-2/")
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/toy cannot be made .*set output_dir"):
+        new_folder(tmp_path / "file", "toy")
+    for write in (lambda: Record(tmp_path / "file", {"name": "toy"}), lambda: write_report(tmp_path / "file")):
+        with pytest.raises(OSError, match=r"file/(card\.json|README\.md)"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_readme_keeps_what_stands_around_the_report(tmp_path):

@@ -7,12 +7,13 @@ __all__ = ['COLOURS', 'ERRORS', 'SHARES', 'BEGIN', 'END', 'HEAD', 'new_folder', 
            'processor', 'versions', 'Record', 'save_rows', 'load_rows', 'answers', 'blind_class', 'blind_number',
            'blind', 'column', 'first_above_chance', 'series', 'draw_panel', 'learning_curve', 'save_curve', 'wandb_id',
            'loggers', 'end_wandb', 'sameness', 'scores', 'show', 'duration', 'each', 'one_a_seed', 'guess_of', 'row_of',
-           'markdown_table', 'report', 'write_report']
+           'markdown_table', 'group_of', 'report', 'write_report']
 
-# %% ../../nbs/6_training/64_record.ipynb #efc7abd3
+# %% ../../nbs/6_training/64_record.ipynb #0dcf6259
 import csv
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import torch
 
 from ..data.base import write_atomically
 
-# %% ../../nbs/6_training/64_record.ipynb #ff2fed24
+# %% ../../nbs/6_training/64_record.ipynb #c0c3f4a0
 def new_folder(root, name):
     "A folder root/name, or the first free root/name-2, -3, …, made by this call."
     for n in range(1, 10000):
@@ -38,6 +39,8 @@ def new_folder(root, name):
             return folder
         except FileExistsError:
             continue
+        except OSError as error:
+            raise OSError(error.errno, f"{folder} cannot be made ({error.strerror}); set output_dir") from error
     raise OSError(f"{root} holds 9999 runs called {name}; move some away or set output_dir")
 
 
@@ -56,13 +59,13 @@ def load_card(folder):
     path = Path(folder) / "card.json"
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(card, dict):
+            raise ValueError(f"it holds a {type(card).__name__}")
     except ValueError as error:
         raise ValueError(f"{path} is no card: {error}; restore it, or move its folder away") from error
-    if not isinstance(card, dict):
-        raise ValueError(f"{path} is no card: it holds a {type(card).__name__}; restore it, or move its folder away")
     return card
 
-# %% ../../nbs/6_training/64_record.ipynb #d4093eef
+# %% ../../nbs/6_training/64_record.ipynb #6fab87b7
 def commit():
     "The git commit of the source tree with '+' when tracked files differ from it; None for an installed package."
     def git(*arguments):
@@ -77,13 +80,11 @@ def commit():
 
 def processor():
     "The name of the CPU and the number of its cores that this process may use."
-    name, info = platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line.partition(":") for line in info.read_text().splitlines()]
-        found = [value.strip() for key, _, value in lines if key.startswith("model name")]
-        name = found[0] if found else name
+    info = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
+    names = [value.strip() for key, _, value in lines if key.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{names[0] if names else platform.machine()}, {cores} cores"
 
 
 def versions():
@@ -96,13 +97,12 @@ def versions():
             continue
     return found
 
-# %% ../../nbs/6_training/64_record.ipynb #700ae057
+# %% ../../nbs/6_training/64_record.ipynb #28b6ca48
 class Record:
     """The card of a run, written into its folder at once and again at each `update`.
 
     facts: what is known before the first step (name, seed, command, commit, device, config, …). A card that is there
-    already is continued: its pieces stay, this process adds one. write: False in all processes of a run but one.
-    """
+    already is continued: its pieces stay, this process adds one. write: False in all processes of a run but one."""
 
     def __init__(self, folder, facts, write=True):
         self.folder, self.write, self.begin = Path(folder), write, time.monotonic()
@@ -138,7 +138,7 @@ def load_rows(path):
     with open(path, newline="") as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
-# %% ../../nbs/6_training/64_record.ipynb #a2b5ee6e
+# %% ../../nbs/6_training/64_record.ipynb #209fa5c8
 def answers(data, split, most=2000):
     "The labels of a split; where it has none, the answers of its first `most` examples, which are made or read for this."
     dataset = data.dataset(split)
@@ -166,15 +166,14 @@ def blind(data, split="test"):
     """What an answer scores on a split of a DataModule that does not look at the input, as a dict.
 
     {"metric", "score", "error" (standard error of the score), "examples", "split"}; metric "accuracy" for a
-    classification (with "guess", the class), "mse" for a regression (its constant: data.guess, or the mean of train).
-    """
+    classification (with "guess", the class), "mse" for a regression (its constant: data.guess, or the mean of train)."""
     y, classes, guess = answers(data, split), data.kind == "classification", getattr(data, "guess", None)
     train = y if classes or guess is not None else answers(data, "train")
     score, error, more = blind_class(y) if classes else blind_number(y, train, guess)
     return {"metric": "accuracy" if classes else "mse", "score": score, "error": error, "examples": len(y),
             "split": split, **more}
 
-# %% ../../nbs/6_training/64_record.ipynb #fddefee2
+# %% ../../nbs/6_training/64_record.ipynb #21e778c8
 def column(chance, metrics):
     "Which of the metrics compares with a blind guess: its own, or the loss where the loss is the mse."
     return "loss" if chance["metric"] == "mse" and "mse" not in metrics else chance["metric"]
@@ -183,14 +182,13 @@ def column(chance, metrics):
 def first_above_chance(rows, chance):
     """The first epoch whose val/accuracy lies two standard errors above (val/mse: below) the blind guess, or None.
 
-    rows: of metrics.csv; chance: blind(data, "val").
-    """
+    rows: of metrics.csv; chance: blind(data, "val")."""
     name = "val/" + column(chance, {key.rpartition("/")[2] for row in rows for key in row})
     sign = -1 if chance["metric"] == "mse" else 1
     bar = sign * chance["score"] + 2 * chance["error"]
     return next((row["epoch"] for row in rows if name in row and sign * row[name] > bar), None)
 
-# %% ../../nbs/6_training/64_record.ipynb #512c6e8c
+# %% ../../nbs/6_training/64_record.ipynb #a6a7cfe9
 COLOURS = {"train": "#0072B2", "val": "#D55E00"}
 ERRORS = ("loss", "mse", "mae", "rmse", "ppl", "bits")  # the smaller, the better
 
@@ -209,28 +207,31 @@ def series(rows):
 
 def draw_panel(axes, metric, lines, guess=None):
     "One metric into matplotlib axes: lines {(stage, rate): points}; guess: the height of the blind guess."
+    marks = dict(zip(dict.fromkeys(rate for _, rate in lines if rate), itertools.cycle("s^vD")))
     for (stage, rate), points in lines.items():
-        label = f"{stage}, rate {rate}" if rate else stage
-        axes.plot(*zip(*points), "s--" if rate else "o-", ms=3, lw=1.4, color=COLOURS[stage], label=label)
+        label, style = (f"{stage}, rate {rate}", marks[rate] + "--") if rate else (stage, "o-")
+        axes.plot(*zip(*points), style, ms=3, lw=1.4, color=COLOURS[stage], label=label)
     if guess is not None:
         axes.axhline(guess, color="black", lw=1, ls=":", label="blind guess")
     values = [value for points in lines.values() for _, value in points]
     if metric in ERRORS and values and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.set(xlabel="epoch", ylabel=metric)
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
 
-# %% ../../nbs/6_training/64_record.ipynb #270b19c7
+# %% ../../nbs/6_training/64_record.ipynb #b53c4f3a
 def learning_curve(rows, chance=None, title=""):
     "A matplotlib figure of the rows of metrics.csv, a panel for the loss and for each metric; chance: what blind gave."
     from matplotlib.figure import Figure
     panels = series(rows)
-    figure = Figure(figsize=(3.6 * max(len(panels), 1.5), 2.8), dpi=100, layout="constrained")
-    for axes, (metric, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        draw_panel(axes, metric, lines, chance["score"] if chance and metric == column(chance, panels) else None)
+    wide, high = min(len(panels), 4), math.ceil(len(panels) / 4)
+    figure = Figure(figsize=(3.6 * max(wide, 1.5), 2.8 * high), dpi=100, layout="constrained")
+    for i, (metric, lines) in enumerate(panels.items(), 1):
+        guess = chance["score"] if chance and metric == column(chance, panels) else None
+        draw_panel(figure.add_subplot(high, wide, i), metric, lines, guess)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -240,7 +241,7 @@ def save_curve(folder, chance=None, title=""):
     figure = learning_curve(load_rows(Path(folder) / "metrics.csv"), chance, title)
     return write_atomically(Path(folder) / "curve.png", lambda tmp: figure.savefig(tmp, format="png"))
 
-# %% ../../nbs/6_training/64_record.ipynb #1e254f13
+# %% ../../nbs/6_training/64_record.ipynb #7af46eaa
 def wandb_id(folder):
     "The id of a folder's run in Weights & Biases: made at the first call, then read from wandb/id.txt."
     path = Path(folder) / "wandb" / "id.txt"
@@ -252,8 +253,7 @@ def wandb_id(folder):
 def loggers(folder, wandb=None, name=None, config=None):
     """Lightning's loggers of a run: TensorBoard in folder/tensorboard; with a project name `wandb`, W&B as well.
 
-    name and config (a plain dict) are what W&B shows. Call `end_wandb(folder)` when the run is over.
-    """
+    name and config (a plain dict) are what W&B shows. Call `end_wandb(folder)` when the run is over."""
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from lightning.pytorch.utilities import rank_zero_only
     found = [TensorBoardLogger(folder, name="tensorboard", version="")]
@@ -273,7 +273,7 @@ def end_wandb(folder, failed=False):
     if wandb.run is not None and wandb.run.id == wandb_id(folder):
         wandb.finish(exit_code=int(failed))
 
-# %% ../../nbs/6_training/64_record.ipynb #01f43bc9
+# %% ../../nbs/6_training/64_record.ipynb #451d03e4
 SHARES = ("accuracy", "accuracy@3", "accuracy@5", "f1", "auc")  # shown in percent
 BEGIN, END = "<!-- made by s4nb report -->", "<!-- end of what s4nb report made -->"
 
@@ -296,7 +296,7 @@ def scores(card):
 def show(metric, values):
     "A metric's mean over seeds, ± the standard deviation where there are several: 47.30 ± 0.35 %, or mse 0.012."
     rate, _, name = metric.rpartition("/")
-    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    mean, spread = statistics.fmean(values), torch.tensor(values, dtype=torch.double).std() if len(values) > 1 else None
     if name in SHARES:
         text = f"{100 * mean:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "") + " %"
     else:
@@ -309,7 +309,7 @@ def duration(seconds):
     unit, size = next(((u, s) for u, s in (("days", 86400), ("h", 3600), ("min", 60)) if seconds >= 2 * s), ("s", 1))
     return f"{seconds / size:.1f} {unit}"
 
-# %% ../../nbs/6_training/64_record.ipynb #b151ebe5
+# %% ../../nbs/6_training/64_record.ipynb #1accbe7d
 HEAD = ("experiment", "published", "ours", "blind guess", "best epoch", "above chance", "seeds", "device", "time", "state",
         "command")
 
@@ -331,35 +331,45 @@ def one_a_seed(cards):
 
 def guess_of(card):
     "The blind guess of a card as text, or nothing."
-    chance = card.get("chance")
-    if chance is None and "majority_class" in card:
-        chance = {"metric": "accuracy", "score": card["majority_class"]["share"]}
+    earlier = card.get("majority_class")  # the word of the first cards
+    chance = card.get("chance") or earlier and {"metric": "accuracy", "score": earlier["share"]}
     return show(chance["metric"], [chance["score"]]) if chance else ""
 
-# %% ../../nbs/6_training/64_record.ipynb #050313d5
+# %% ../../nbs/6_training/64_record.ipynb #7b9276c1
 def row_of(group):
     "The table's row of [(path, card), …], measured runs of one experiment; or of one partial or failed run."
-    paths, cards = zip(*group)
+    paths, cards = zip(*sorted(group, key=lambda run: int(run[1].get("seed") or 0)))
     first, measured = cards[0], cards[0]["state"] == "measured"
     links = " ".join(f"[{i}]({path}/card.json)" for i, path in enumerate(paths[1:], 2))
-    best = [card["best_epoch"] for card in cards if measured and "best_epoch" in card]
-    above = [card.get("first_epoch_above_chance") or "never" for card in cards if measured]
-    cells = [f"[{first['name']}]({paths[0]}/card.json) {links}".strip(),
-             each(f"{value:g} ({source})" for source, value in first.get("published", {}).items()),
-             each(show(name, values) for name, values in one_a_seed(cards).items()) if measured else "",
-             each(guess_of(card) for card in cards),
-             each([", ".join(str(b["epoch"]) for b in best) + f": {best[0]['rule']}"] if best else []),
-             ", ".join(map(str, above)), ", ".join(dict.fromkeys(str(card.get("seed")) for card in cards)),
-             each(card.get("device") for card in cards),
-             duration(statistics.fmean(card.get("wall_seconds", 0) for card in cards)),
-             f"{first['state']}: {first['error'][:80]}" if first.get("error") else first["state"],
-             each(f"`{card['command']}`" for card in cards if card.get("command")) or "in Python: see its card"]
-    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+    best = [card["best_epoch"] for card in cards if measured and card.get("best_epoch")]
+    above = [card[key] or "never" for card in cards if measured and (key := "first_epoch_above_chance") in card]
+    seconds = [card["wall_seconds"] for card in cards if card.get("wall_seconds") is not None]
+    return [f"[{first['name']}]({paths[0]}/card.json) {links}".strip(),
+            each(f"{value:g} ({source})" for source, value in (first.get("published") or {}).items()),
+            each(show(name, values) for name, values in one_a_seed(cards).items()) if measured else "",
+            each(guess_of(card) for card in cards),
+            each([", ".join(str(b["epoch"]) for b in best) + f": {best[0]['rule']}"] if best else []),
+            ", ".join(map(str, above)), each(card.get("seed") for card in cards).replace("<br>", ", "),
+            each(card.get("device") for card in cards),
+            duration(statistics.fmean(seconds)) if seconds else "",
+            f"{first['state']}: {first['error'][:80]}" if first.get("error") else first["state"],
+            each(f"`{card['command']}`" for card in cards if card.get("command")) or "in Python: see its card"]
 
-# %% ../../nbs/6_training/64_record.ipynb #72a19090
+# %% ../../nbs/6_training/64_record.ipynb #d7c93d92
 def markdown_table(head, rows):
-    "A markdown table."
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    "A markdown table of any cells: a line break is a space in it, and a bar is no end of a cell."
+    clean = lambda cells: ["" if c is None else str(c).replace("|", "\\|").replace("\n", " ") for c in cells]
+    return "\n".join("| " + " | ".join(clean(cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def group_of(path, card):
+    "What the row of a run goes by: settings if it was measured, else its path. A card that gives no row → ValueError."
+    try:
+        row_of([(path, card)])
+        return sameness(card) if card["state"] == "measured" else path
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}/card.json is not the card of a run ({type(error).__name__}: {error}); correct it, or "
+                         "move its folder away") from error
 
 
 def report(folder="results"):
@@ -367,17 +377,16 @@ def report(folder="results"):
     groups, others = {}, []
     for path in sorted(path.parent.relative_to(folder) for path in Path(folder).rglob("card.json")):
         card = {} if path.parts[:1] == ("tmp",) else load_card(Path(folder) / path)
+        path = path.as_posix()
         if {"name", "state", "config"} <= card.keys():
-            key = sameness(card) if card["state"] == "measured" else str(path)
-            groups.setdefault(key, []).append((path.as_posix(), card))
+            groups.setdefault(group_of(path, card), []).append((path, card))
         elif card:
-            about = [card.get("state", ""), card.get("what", card.get("about", "")), card.get("command", "")]
-            others.append([f"[{path.as_posix()}]({path.as_posix()}/card.json)", *about])
-    rows = [row_of(group) for group in sorted(groups.values(), key=lambda group: group[0][1]["name"])]
+            what = card.get("what", card.get("about"))
+            others.append([f"[{path}]({path}/card.json)", card.get("state"), what, card.get("command")])
+    rows = [row_of(group) for group in sorted(groups.values(), key=lambda group: str(group[0][1]["name"]))]
     text = f"## Runs\n\n{markdown_table(HEAD, rows) if rows else 'No run yet: `s4nb train experiment=NAME`.'}\n"
-    if others:
-        text += f"\n## Other measurements\n\n{markdown_table(('card', 'state', 'what', 'made by'), others)}\n"
-    return text
+    more = f"\n## Other measurements\n\n{markdown_table(('card', 'state', 'what', 'made by'), others)}\n" if others else ""
+    return text + more
 
 
 def write_report(folder="results"):
