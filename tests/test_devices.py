@@ -11,7 +11,7 @@ from torch import distributed as dist
 from s4nb.data.base import DataModule, pad_batch
 from s4nb.data.synthetic import Copying
 from s4nb.models.backbone import BatchNorm
-from s4nb.training.devices import (Batches, SyncedBatchNorm, SyncedChannels, agreed, deals, processes, shares,
+from s4nb.training.devices import (Batches, SyncedBatchNorm, SyncedChannels, agreed, batches, deals, processes, shares,
                                    synchronise)
 from s4nb.training.task import IGNORED, NonFiniteLoss
 
@@ -297,3 +297,10 @@ def test_what_torchrun_starts_meets(tmp_path):
     for process in ranks: process.start()
     assert [finish(process) for process in ranks] == [0, 0]
     assert [here.recv() for here, _ in pipes] == [(Path("chosen by 0"), None)] * 2
+
+
+def test_a_task_may_have_a_rate_of_its_own():
+    from s4nb.data.tasks import task
+    data = task("pen-twin", train_rate=1, test_rate=2, sizes={"train": 40, "test": 40}).prepare()
+    assert next(iter(batches(data, "train", 8))).rate == 1.0 and next(iter(batches(data, "test", 8))).rate == 2.0
+    assert next(iter(batches(data, "test", 8, rate=4))).rate == 4.0

@@ -72,7 +72,7 @@ class Drawn(Dataset):
         torch.default_generator.set_state(before)
         return items
 
-# %% ../../nbs/6_training/74_devices.ipynb #26de7775
+# %% ../../nbs/6_training/74_devices.ipynb #3e4d6037
 class Batches:
     """The batches of a split, in the order of (seed, epoch): those of this process, from `begin` on.
 
@@ -112,7 +112,8 @@ class Batches:
         "torch's DataLoader for what is left of an epoch."
         train, rate = self.split == "train", self.rate(epoch) if callable(self.rate) else self.rate
         how = {"seed": self.seed, "bucket": self.bucket} if train else {"shuffle": True, "seed": 0, "bucket": 10**6}
-        plain = self.data.loader(self.split, self.batch_size, rate=rate, **how)
+        own = {} if rate == 1 else {"rate": rate}  # a task may have a rate of its own for each split
+        plain = self.data.loader(self.split, self.batch_size, **how, **own)
         plain.sampler.set_epoch(epoch if train else 0)
         dataset = Drawn(plain.dataset, self.seed, epoch) if train else plain.dataset
         return DataLoader(dataset, batch_sampler=self.plan(plain.sampler)[begin:], collate_fn=plain.collate_fn,
