@@ -95,6 +95,14 @@ def test_norms_of_the_backbone_do_not_decay(norm):
     assert {v for name, v in options.items() if "norm" in name} == {(0.01, 0.0)}
 
 
+@pytest.mark.parametrize("module, weights", [(nn.LSTM(2, 3, 2), 4), (nn.GRU(2, 3, bidirectional=True), 4), (nn.MultiheadAttention(4, 2, add_bias_kv=False), 2),
+                                             (nn.Bilinear(2, 2, 3), 1)])
+def test_biases_of_torchs_own_modules_do_not_decay(module, weights):
+    decay = {name: group["weight_decay"] for group in param_groups(module, 1.0, 0.1) for name in group["names"]}
+    assert sum(decay.values()) == pytest.approx(0.1 * weights) and len(decay) > weights
+    assert all((value == 0) == ("bias" in name) for name, value in decay.items())
+
+
 def test_frozen_parameters_and_zero_rates_are_left_out():
     model = nn.Sequential(S4Block(4, d_state=4, lr={"A": 0.0}), nn.Linear(4, 4))
     model[1].weight.requires_grad_(False)

@@ -9,7 +9,7 @@ __all__ = ['UNDECAYED', 'options_of', 'param_groups', 'group_table', 'Lamb']
 import torch
 from torch import nn
 
-# %% ../../nbs/6_training/56_optimization.ipynb #0716a4da
+# %% ../../nbs/6_training/56_optimization.ipynb #8ac33ad2
 UNDECAYED = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
              nn.modules.batchnorm._NormBase)  # the base of batch and instance normalisation
 
@@ -19,7 +19,7 @@ def options_of(module, name):
     stated = getattr(module, "param_options", {})
     if name in stated:
         return dict(stated[name])
-    return {"weight_decay": 0.0} if isinstance(module, UNDECAYED) or name.endswith("bias") else {}
+    return {"weight_decay": 0.0} if isinstance(module, UNDECAYED) or "bias" in name else {}
 
 
 def param_groups(model, lr, weight_decay):

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'ERRORS', 'SHARES', 'BEGIN', 'END', 'HEAD', 'new_folder', 
            'processor', 'versions', 'Record', 'save_rows', 'load_rows', 'answers', 'blind_class', 'blind_number',
            'blind', 'column', 'first_above_chance', 'series', 'draw_panel', 'learning_curve', 'save_curve', 'wandb_id',
            'loggers', 'end_wandb', 'sameness', 'scores', 'show', 'duration', 'each', 'one_a_seed', 'guess_of', 'row_of',
-           'markdown_table', 'group_of', 'report', 'write_report']
+           'group_of', 'markdown_table', 'report', 'write_report']
 
 # %% ../../nbs/6_training/64_record.ipynb #0dcf6259
 import csv
@@ -335,7 +335,7 @@ def guess_of(card):
     chance = card.get("chance") or earlier and {"metric": "accuracy", "score": earlier["share"]}
     return show(chance["metric"], [chance["score"]]) if chance else ""
 
-# %% ../../nbs/6_training/64_record.ipynb #7b9276c1
+# %% ../../nbs/6_training/64_record.ipynb #0782421c
 def row_of(group):
     "The table's row of [(path, card), …], measured runs of one experiment; or of one partial or failed run."
     paths, cards = zip(*sorted(group, key=lambda run: int(run[1].get("seed") or 0)))
@@ -355,12 +355,6 @@ def row_of(group):
             f"{first['state']}: {first['error'][:80]}" if first.get("error") else first["state"],
             each(f"`{card['command']}`" for card in cards if card.get("command")) or "in Python: see its card"]
 
-# %% ../../nbs/6_training/64_record.ipynb #d7c93d92
-def markdown_table(head, rows):
-    "A markdown table of any cells: a line break is a space in it, and a bar is no end of a cell."
-    clean = lambda cells: ["" if c is None else str(c).replace("|", "\\|").replace("\n", " ") for c in cells]
-    return "\n".join("| " + " | ".join(clean(cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
-
 
 def group_of(path, card):
     "What the row of a run goes by: settings if it was measured, else its path. A card that gives no row → ValueError."
@@ -370,6 +364,12 @@ def group_of(path, card):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}/card.json is not the card of a run ({type(error).__name__}: {error}); correct it, or "
                          "move its folder away") from error
+
+# %% ../../nbs/6_training/64_record.ipynb #fe904bad
+def markdown_table(head, rows):
+    "A markdown table of any cells: a line break is a space in it, and a bar is no end of a cell."
+    clean = lambda cells: ["" if c is None else str(c).replace("|", "\\|").replace("\n", " ") for c in cells]
+    return "\n".join("| " + " | ".join(clean(cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def report(folder="results"):
