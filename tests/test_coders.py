@@ -168,6 +168,27 @@ def test_one_hot():
         f(x.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("encoder", [TokenEncoder(5, 8), OneHotEncoder(5)])
+def test_tokens_of_any_integer_type(encoder, dtype):
+    x = torch.tensor([[4, 0, 2]])
+    assert torch.equal(encoder(x.to(dtype)), torch.stack([torch.stack([(encoder.weight if isinstance(encoder, TokenEncoder) else torch.eye(5))[i]
+                                                                       for i in row]) for row in x]))
+
+
+@pytest.mark.parametrize("encoder", [TokenEncoder(5, 8), OneHotEncoder(5)])
+@pytest.mark.parametrize("wrong, came", [([[5, 1]], "1…5"), ([[-100, 4]], "-100…4")])
+def test_tokens_beyond_the_table(encoder, wrong, came):
+    with pytest.raises(ValueError, match=f"tokens lie in 0…4, but {came} came; raise n_tokens"):
+        encoder(torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 4), (2,)])
+def test_samples_without_the_right_features(shape):
+    with pytest.raises(ValueError, match=r"input of shape \(2.*3 features are expected, and come last"):
+        LinearEncoder(3, 8)(torch.zeros(shape))
+
+
 def test_times_are_positions_at_given_times():
     x, t = torch.randn(2, 5, 3, dtype=torch.double), torch.arange(5).double().expand(2, 5) * 0.25
     f = TimeEncoder(LinearEncoder(3, 8), 8, unit=0.25).double()
