@@ -1,16 +1,23 @@
 """The dataclasses of an experiment: each builds what it says, each option arrives, and what cannot be is refused."""
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
+from s4nb.data.base import DataModule
 from s4nb.data.next_step import NextStep
 from s4nb.data.tasks import TASKS, OwnData, task
 from s4nb.models.coders import PairDecoder, Positions, StateDecoder
 from s4nb.training.architectures import (CELLS, AttentionLayer, CustomLayer, Facts, LSSLLayer, Picture, ResNet, RNNLayer, S4DLayer, S4Layer,
                                          SaShiMiBackbone, SequenceBackbone, WaveGAN)
-from s4nb.training.configs import GROUPS, Constant, CosineEpochs, CosineWarmup, Plateau, Train
+from s4nb.ssm.layer import SSMLayer
+from s4nb.training.configs import (GROUPS, SGD, AdamW, Callbacks, Constant, CosineEpochs, CosineWarmup, Experiment, Plateau, RMSprop, Train,
+                                   Trainer)
 from s4nb.training.datasets import DATASETS, CustomData, NextStepData
+from s4nb.training.datasets import Data as DataBase
+from s4nb.training.experiments import experiment
+from s4nb.training.fit import build, run
 
 TOKENS = Facts("classification", 20, None, 5, l_max=32)
 SIGNAL = Facts("classification", None, 3, 5, l_max=64)
@@ -161,3 +168,117 @@ def test_schedules_that_need_more_than_a_step():
 
 def test_the_monitor_says_which_way_is_up():
     assert Train().mode == "max" and Train(monitor="val/loss").mode == "min" and Train(monitor="val/f1").mode == "max"
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda: SequenceBackbone(d_model=0), "model.d_model is a whole number at least 1, got 0"),
+    (lambda: SequenceBackbone(d_model=None), "model.d_model is a whole number"),
+    (lambda: SequenceBackbone(n_layers="4"), "model.n_layers is a whole number at least 1, got '4'"),
+    (lambda: SequenceBackbone(dropout=1.0), "model.dropout is a number at least 0 and below 1"),
+    (lambda: SequenceBackbone(ff=0.0), "model.ff is a number above 0"),
+    (lambda: SaShiMiBackbone(pool=[4, 0]), r"model.pool.1 is a whole number at least 1, got 0"),
+    (lambda: S4Layer(lr={"A": -1e-3}), "model.layer.lr.A is a number at least 0"),
+    (lambda: S4DLayer(wd={"C": float("nan")}), "model.layer.wd.C is a number at least 0, got nan"),
+    (lambda: S4Layer(channels=0), "model.layer.channels"), (lambda: LSSLLayer(lr=-1.0), "model.layer.lr is a number"),
+    (lambda: RNNLayer("legs", memory_order=0), "model.layer.memory_order"), (lambda: AttentionLayer(n_heads=0), "model.layer.n_heads"),
+    (lambda: DataBase(batch_size=0), "dataset.batch_size is a whole number at least 1"), (lambda: DataBase(bucket=0), "dataset.bucket"),
+    (lambda: DataBase(workers=-1), "dataset.workers"), (lambda: DataBase(rates=[]), "one rate or more, each once"),
+    (lambda: DataBase(rates=[1, 1]), "one rate or more, each once"), (lambda: DataBase(rates=[1, 0]), "dataset.rates.1 is a whole number"),
+    (lambda: AdamW(lr=0.0), "optimizer.lr is a number above 0"), (lambda: AdamW(betas=[0.9]), "optimizer.betas are two numbers"),
+    (lambda: AdamW(betas=[0.9, 1.0]), "optimizer.betas.1"), (lambda: AdamW(weight_decay=-1.0), "optimizer.weight_decay"),
+    (lambda: SGD(momentum=-1.0), "optimizer.momentum"), (lambda: RMSprop(alpha=2.0), "optimizer.alpha"),
+    (lambda: CosineWarmup(warmup=-1), "scheduler.warmup"), (lambda: CosineWarmup(total=0), "scheduler.total"),
+    (lambda: Plateau(factor=1.0), "scheduler.factor"), (lambda: Plateau(patience=-1), "scheduler.patience"),
+    (lambda: Callbacks(ema=1.0), "callbacks.ema"), (lambda: Callbacks(ema=0.9, swa=0.5), "two averages of one model"),
+    (lambda: Callbacks(early_stopping=0), "callbacks.early_stopping"), (lambda: Trainer(max_epochs=0), "trainer.max_epochs"),
+    (lambda: Trainer(max_steps=-5), "trainer.max_steps"), (lambda: Trainer(max_epochs=-1), "a run without end"),
+    (lambda: Trainer(limit_train_batches=0), "trainer.limit_train_batches is a number of batches"),
+    (lambda: Trainer(limit_val_batches=1.5), "share of them"), (lambda: Trainer(limit_test_batches="x"), "share of them, got 'x'|got 'x'"),
+    (lambda: Trainer(precision="bf17"), "unknown trainer.precision 'bf17'"), (lambda: Trainer(gradient_clip_val=-1.0), "gradient_clip_val"),
+    (lambda: Trainer(gradient_clip_algorithm="hard"), "gradient_clip_algorithm"), (lambda: Trainer(threads=0), "trainer.threads"),
+    (lambda: Trainer(accumulate_grad_batches=0), "accumulate_grad_batches"), (lambda: Trainer(check_val_every_n_epoch=0), "check_val_every"),
+    (lambda: Train(chunk=0), "train.chunk"), (lambda: Train(context=-1), "train.context"), (lambda: Train(checkpoint_minutes=-1), "minutes"),
+    (lambda: Experiment(seed=-1), "Experiment.seed")])
+def test_numbers_that_cannot_be_are_refused_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_ends_of_ranges_and_null_are_allowed():
+    SequenceBackbone(dropout=0, ff=None, d_model=1), Callbacks(ema=None, swa=0.0), Trainer(max_epochs=-1, max_steps=1, limit_val_batches=1)
+    S4Layer(lr={"A": 0.0, "B": None}), CosineWarmup(warmup=0, total=None), AdamW(betas=[0.0, 0.5]), Train(checkpoint_minutes=0)
+
+
+COPYING = ("copying", "dataset.sizes=[8,4,4]", "dataset.l_memorize=12", "dataset.n_tokens=8", "dataset.batch_size=4",
+           "model.d_model=8", "model.n_layers=1", "model.layer.d_state=8", "trainer.accelerator=cpu", "trainer.devices=1",
+           "trainer.threads=1", "trainer.progress=false", "trainer.max_epochs=1")
+
+
+@pytest.mark.parametrize("override,message", [
+    ("train.monitor=val/acuracy", "copying is a classification, which has no val/acuracy: train.monitor is one of .*val/accuracy"),
+    ("train.monitor=test/accuracy", "which has no test/accuracy"), ("train.metrics=[mse]", "'mse' is not for a classification"),
+    ("train.loss=hinge", "unknown train.loss 'hinge'"), ("model.layer.dt_max=0.001", "0 < dt_min <= dt_max"),
+    ("model.layer.n_ssm=3", "must divide d_model=8"), ("dataset.rates=[1,2]", "tokens have no other sampling rate"),
+    ("callbacks.stages=[{resolution:2,epochs:1}]", "tokens have no other sampling rate"),
+    ("callbacks.stages=[{resolution:2}]", "needs resolution and epochs"),
+    ("scheduler.warmup=-1", "scheduler.warmup is a whole number"), ("trainer.max_time=soon", "DD:HH:MM:SS"),
+    ("trainer.devices=0", "trainer: .*devices=0"), ("trainer.devices=-2", "trainer: .*devices"), ("trainer.accelerator=abacus", "abacus"),
+    ("trainer.strategy=dpd", "dpd"), ("trainer.accumulate_grad_batches=3", "multiple of 3")])
+def test_what_does_not_go_together_ends_before_the_data_are_read(override, message, monkeypatch):
+    monkeypatch.setattr(DataModule, "prepare", lambda self: pytest.fail("the data were prepared"))
+    with pytest.raises(ValueError, match=message):
+        build(experiment(*COPYING, override))
+
+
+def test_a_text_without_vocabulary_is_rehearsed_too(monkeypatch):
+    monkeypatch.setattr(DATASETS["reviews"].build().__class__, "prepare", lambda self: pytest.fail("the data were prepared"))
+    with pytest.raises(ValueError, match="needs images as real values"):
+        build(experiment("reviews", "model=resnet"))
+    with pytest.raises(ValueError, match="model.decoder=all answers each step"):
+        build(experiment("reviews", "model.decoder=all"))
+
+
+@pytest.mark.parametrize("changes", [
+    ("model/layer=lssl",), ("model/layer=s4d", "optimizer=sgd", "scheduler=plateau"), ("callbacks.ema=0.99", "scheduler=linear"),
+    ("optimizer=lamb", "callbacks.swa=0.5"), ("train.monitor=val/accuracy", "trainer.accumulate_grad_batches=2")])
+def test_choices_that_go_together_run(changes, tmp_path):
+    card = run(experiment(*COPYING, *changes, f"output_dir={tmp_path}/run"))
+    assert (card["steps"], card["state"]) == (2, "measured") and card["test_loss"] < 10
+
+
+def test_a_model_without_its_layer_is_asked_for_one():
+    with pytest.raises(ValueError, match="this model needs a layer: add model/layer=NAME, one of s4, "):
+        experiment("lra-pathx-resnet", "model=sequence")
+    assert experiment("lra-pathx-resnet", "model=sequence", "model/layer=s4d").model.layer == S4DLayer()
+    with pytest.raises(ValueError, match="model.layer.target has no value here: add model.layer.target="):
+        experiment("copying", "model/layer=custom")
+
+
+@pytest.mark.parametrize("layer", ["s4", "s4d"])
+def test_in_16_bits_the_kernels_stay_in_32(layer, tmp_path, monkeypatch):
+    seen = {"u": set(), "K * u": set(), "linear": set()}
+    convolve, linear = SSMLayer.convolve, torch.nn.Linear.forward
+
+    def spy(self, u, *args, **options):
+        y = convolve(self, u, *args, **options)
+        seen["u"].add(u.dtype), seen["K * u"].add(y.dtype)
+        return y
+
+    def linear_spy(self, x):
+        y = linear(self, x)
+        seen["linear"].add(y.dtype)
+        return y
+    monkeypatch.setattr(SSMLayer, "convolve", spy)
+    monkeypatch.setattr(torch.nn.Linear, "forward", linear_spy)
+    card = run(experiment(*COPYING, f"model/layer={layer}", "trainer.precision=bf16-mixed", f"output_dir={tmp_path}/run"))
+    assert card["state"] == "measured" and card["test_loss"] < 10
+    assert seen["u"] == seen["K * u"] == {torch.float32} and seen["linear"] == {torch.bfloat16}
+
+
+@pytest.mark.stress
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@pytest.mark.parametrize("layer", ["s4", "s4d"])
+def test_a_compiled_model_takes_the_same_steps(layer, tmp_path):
+    common = (*COPYING, f"model/layer={layer}", "trainer.max_steps=2")
+    plain, compiled = (run(experiment(*common, f"trainer.compile={on}", f"output_dir={tmp_path}/{on}")) for on in ("false", "true"))
+    assert compiled["state"] == "measured" and compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-4)

@@ -7,10 +7,11 @@ __all__ = ['DATASETS', 'Data', 'ListOpsData', 'TextData', 'RetrievalData', 'Imag
            'SpeechTwinData', 'SpokenDigitsData', 'AddingData', 'CopyingData', 'DelayData', 'ReconstructData', 'PenData',
            'NextStepData', 'CustomData']
 
-# %% ../../nbs/6_training/73_datasets.ipynb #45eed1d0
+# %% ../../nbs/6_training/73_datasets.ipynb #30554072
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
+from ..data.base import DataModule
 from ..data.images import Images
 from ..data.listops import ListOps
 from ..data.next_step import NextStep
@@ -22,9 +23,9 @@ from ..data.synthetic import Adding, Copying, Delay, Reconstruct
 from ..data.tasks import TASKS, task
 from ..data.text import Text
 from ..data.uea import UEA
-from .architectures import MISSING, import_object
+from .architectures import MISSING, call_object, within
 
-# %% ../../nbs/6_training/73_datasets.ipynb #2a9a3535
+# %% ../../nbs/6_training/73_datasets.ipynb #8af58d4c
 @dataclass
 class Data:
     "What all datasets have: batch_size (of one optimiser step), bucket, workers, rates of evaluation."
@@ -33,11 +34,16 @@ class Data:
     workers: int = 0
     rates: List[int] = field(default_factory=lambda: [1])
 
+    def __post_init__(self):
+        within("dataset", self, batch_size="at least 1", bucket="at least 1", workers="at least 0", rates="at least 1")
+        if not self.rates or len(set(self.rates)) < len(self.rates):
+            raise ValueError(f"dataset.rates has one rate or more, each once, got {list(self.rates)}")
+
     def options(self):
         "The other fields: those of the DataModule."
         return {name: value for name, value in vars(self).items() if name not in Data.__dataclass_fields__}
 
-
+# %% ../../nbs/6_training/73_datasets.ipynb #e531b7cd
 @dataclass
 class ListOpsData(Data):
     "ListOps of Long Range Arena. sizes: examples in train, val, test."
@@ -78,7 +84,7 @@ class RetrievalData(Data):
     def build(self):
         return Retrieval(**self.options())
 
-# %% ../../nbs/6_training/73_datasets.ipynb #d53daeaa
+# %% ../../nbs/6_training/73_datasets.ipynb #61da0e7b
 @dataclass
 class ImageData(Data):
     "Images as sequences of pixels; permute: an order of the pixels (br: bit reversal; null: the task's)."
@@ -110,7 +116,7 @@ class PathfinderData(Data):
     def build(self):
         return Pathfinder(**self.options())
 
-
+# %% ../../nbs/6_training/73_datasets.ipynb #ece1268e
 @dataclass
 class SpeechData(Data):
     "Speech Commands. features: raw or mfcc; dropped: percentage of samples left out (sc10)."
@@ -209,7 +215,7 @@ class ReconstructData(Data):
     def build(self):
         return Reconstruct(**self.options())
 
-# %% ../../nbs/6_training/73_datasets.ipynb #e5fba6a9
+# %% ../../nbs/6_training/73_datasets.ipynb #a81d7ae8
 @dataclass
 class PenData(Data):
     "Handwritten characters as pen strokes (character-trajectories), or our own copies of them (pen-twin)."
@@ -245,7 +251,7 @@ class CustomData(Data):
     arguments: Dict[str, Any] = field(default_factory=dict)
 
     def build(self):
-        return import_object(self.target, "dataset.target")(**self.arguments)
+        return call_object(self.target, "dataset.target", DataModule, **self.arguments)
 
 # %% ../../nbs/6_training/73_datasets.ipynb #0f899e7f
 DATASETS = {

@@ -139,7 +139,7 @@ def check_key(key, value, mark, keys):
     if not mark and key.rpartition(".")[2] not in ("dt", "A", "B", "C"):
         raise ValueError(f"{key} is a new entry of a dictionary: write +{key}={value}")
 
-# %% ../../nbs/6_training/66_experiments.ipynb #b2591a13
+# %% ../../nbs/6_training/66_experiments.ipynb #dbd7241a
 def compose(overrides):
     "The Experiment that a list of overrides makes, one of them experiment=NAME. Anything wrong in it → ValueError."
     chosen = check(overrides)
@@ -149,17 +149,19 @@ def compose(overrides):
     from hydra import compose as hydra_compose, initialize
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
     register(chosen, named(overrides))
     try:
         with initialize(version_base=None, config_path=None):
-            e = OmegaConf.to_object(hydra_compose("train", list(overrides)))
+            return OmegaConf.to_object(hydra_compose("train", list(overrides)))
+    except MissingMandatoryValue as error:
+        if error.full_key == "model.layer":
+            layers = ", ".join(GROUPS["model/layer"])
+            raise ValueError(f"this model needs a layer: add model/layer=NAME, one of {layers}") from error
+        raise ValueError(f"{error.full_key} has no value here: add {error.full_key}=…") from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         raise ValueError("; ".join(line.strip() for line in str(cause).split("\n")[:2] if line.strip())) from error
-    if e.model.layer == MISSING:
-        raise ValueError(f"this model needs a layer: add model/layer=NAME, one of {', '.join(GROUPS['model/layer'])}")
-    return e
 
 
 def experiment(name, *overrides):
