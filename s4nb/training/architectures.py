@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'MISSING', 'RANGES', 'CELLS', 'MEMORIES', 'Facts', 'require_number', 'within', 'Layer', 'S4Layer',
-           'S4DLayer', 'LSSLLayer', 'GSSLayer', 'RNNLayer', 'GRULayer', 'LSTMLayer', 'AttentionLayer', 'PerformerLayer',
+           'S4DLayer', 'LSSLLayer', 'GSSLayer', 'GRULayer', 'LSTMLayer', 'RNNLayer', 'AttentionLayer', 'PerformerLayer',
            'MegaLayer', 'Conv1dLayer', 'call_object', 'CustomLayer', 'encoder_of', 'decoder_of', 'SequenceBackbone',
            'SaShiMiBackbone', 'Picture', 'ResNet', 'Sound', 'WaveGAN']
 
@@ -79,7 +79,7 @@ def within(where, config, **ranges):
             if number is not None or "Optional" not in kind:
                 require_number(f"{where}.{name}.{key}".rstrip("."), number, ranges[name], "float" not in kind)
 
-# %% ../../nbs/6_training/61_architectures.ipynb #9d0d103d
+# %% ../../nbs/6_training/61_architectures.ipynb #ba78dd76
 class Layer:
     "What the layers have in common: their numbers are looked at, under whichever of these names they have them."
     def __post_init__(self):
@@ -153,7 +153,23 @@ class GSSLayer(Layer):
     def build(self, d_model, dropout=0.0, tie_dropout=False):
         return GSS(d_model, dropout=dropout, tie_dropout=tie_dropout, **vars(self))
 
-# %% ../../nbs/6_training/61_architectures.ipynb #b7ac18b5
+
+@dataclass
+class GRULayer:
+    "torch's GRU, one layer."
+
+    def build(self, d_model, dropout=0.0, tie_dropout=False):
+        return GRU(d_model)
+
+
+@dataclass
+class LSTMLayer:
+    "torch's LSTM, one layer."
+
+    def build(self, d_model, dropout=0.0, tie_dropout=False):
+        return LSTM(d_model)
+
+# %% ../../nbs/6_training/61_architectures.ipynb #31769838
 CELLS = {
     "legs": LegSCell, "legt": LegTCell, "lagt": LagTCell, "glagt": GLagTCell, "lmu": LMUCell, "random": RandomCell,
     "rnn": RNNCell, "gru": GRUCell, "minimal": MinimalRNNCell,
@@ -175,22 +191,6 @@ class RNNLayer(Layer):
             raise ValueError(f"the cell {self.cell} has no memory_order; that is for {', '.join(MEMORIES)}")
         memory = {"memory_order": self.memory_order} if self.cell in MEMORIES else {}
         return RNN(make(d_model, d_model, **memory))
-
-
-@dataclass
-class GRULayer:
-    "torch's GRU, one layer."
-
-    def build(self, d_model, dropout=0.0, tie_dropout=False):
-        return GRU(d_model)
-
-
-@dataclass
-class LSTMLayer:
-    "torch's LSTM, one layer."
-
-    def build(self, d_model, dropout=0.0, tie_dropout=False):
-        return LSTM(d_model)
 
 
 @dataclass
@@ -238,7 +238,7 @@ class Conv1dLayer(Layer):
         return Conv1d(d_model, **vars(self))
 
 
-def call_object(path, key, kind, *args, **arguments):
+def call_object(path, key, kind, /, *args, **arguments):
     "The `kind` of object that package.module.name makes of these arguments; ValueError (about `key`) if it does not."
     module, _, name = path.rpartition(".")
     try:

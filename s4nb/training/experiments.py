@@ -16,7 +16,7 @@ from .architectures import MISSING
 from .configs import GROUPS, Experiment
 from .tables import EXPERIMENTS
 
-# %% ../../nbs/6_training/66_experiments.ipynb #a9f23152
+# %% ../../nbs/6_training/66_experiments.ipynb #375001bb
 def part(e, group):
     "The part of an experiment that a group such as model/layer fills; None where its model has no such part."
     for name in group.split("/"):
@@ -43,7 +43,7 @@ def differences(e, group, name):
     default, nested = GROUPS[group][name], {g.split("/")[-1] for g in GROUPS if g.startswith(group + "/")}
     return {key: got for key, got in vars(part(e, group)).items() if key not in nested and got != getattr(default, key)}
 
-
+# %% ../../nbs/6_training/66_experiments.ipynb #1e7f20e3
 def node_of(e, chosen=None):
     """The Hydra node of an Experiment: its choices as overrides of the defaults list, then its differences.
 

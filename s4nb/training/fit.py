@@ -31,7 +31,7 @@ from .resume import AtomicCheckpointIO, Checkpoints, History, Keep, Stopped, fin
 from .task import Task, set_length
 from .truncated import Chunks, TruncatedTask
 
-# %% ../../nbs/6_training/68_fit.ipynb #ce460a06
+# %% ../../nbs/6_training/68_fit.ipynb #b11544e3
 def task_of(e, facts, model):
     "The Task of an Experiment: its loss, metrics, optimiser and schedule."
     optimizer = lambda m: e.optimizer.build(param_groups(m, e.optimizer.lr, e.optimizer.weight_decay))
@@ -41,7 +41,7 @@ def task_of(e, facts, model):
         return TruncatedTask(model, facts, optimizer, context=e.train.context, **common)
     return Task(model, facts, optimizer, **common)
 
-
+# %% ../../nbs/6_training/68_fit.ipynb #5c81e60e
 OURS = ("max_time", "compile", "sync_batchnorm", "threads", "progress")  # trainer settings that Lightning is not given
 
 
