@@ -231,7 +231,7 @@ class Callbacks:
             raise ValueError(f"callbacks.ema={self.ema} and callbacks.swa={self.swa} are two averages of one model: "
                              "choose one")
 
-# %% ../../nbs/6_training/62_configs.ipynb #8564d1fe
+# %% ../../nbs/6_training/62_configs.ipynb #c5988615
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
@@ -279,6 +279,9 @@ class Trainer:
             raise ValueError("trainer.max_epochs=-1 and trainer.max_steps=-1 is a run without end: set one of them")
         for split in ("train", "val", "test"):
             batch_limit(f"trainer.limit_{split}_batches", getattr(self, f"limit_{split}_batches"))
+        if self.strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
+            raise ValueError(f"trainer.strategy={self.strategy} leaves the record in processes that end: use ddp, from "
+                             "the command line")
         one_of("trainer.precision", self.precision, PRECISIONS)
         one_of("trainer.gradient_clip_algorithm", self.gradient_clip_algorithm, ("norm", "value", None))
 

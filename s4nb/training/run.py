@@ -8,7 +8,7 @@ __all__ = ['USAGE', 'WIDTH', 'INDENT', 'COMMANDS', 'wrapped', 'value_text', 'fie
            'hydra_command', 'evaluate_weights', 'generate_command', 'report_runs', 'prepare_data', 'list_experiments',
            'main']
 
-# %% ../../nbs/6_training/71_run.ipynb #f9cf1b12
+# %% ../../nbs/6_training/71_run.ipynb #3ea0bb52
 import argparse
 import contextlib
 import importlib.util
@@ -26,7 +26,7 @@ from ..diagnose import main as examine_machine
 from ..module import one_of
 from ..standalone import main as write_one_file
 from .configs import GROUPS
-from .experiments import check, choices_of, compose, differences, part, register
+from .experiments import check, choices_of, compose, differences, named, part, register
 from .record import report, write_report
 from .tables import EXPERIMENTS, FAMILIES
 from .trained import WRITERS, evaluate, metrics_text, sampled, texts
@@ -112,7 +112,7 @@ def experiment_text(name):
     return "\n".join([*lines, "", "* differs from the choice. Change any of it: "
                       f"s4nb train experiment={name} GROUP=CHOICE GROUP.KEY=VALUE"])
 
-# %% ../../nbs/6_training/71_run.ipynb #e4df8aef
+# %% ../../nbs/6_training/71_run.ipynb #c9b44ef0
 def need(*packages):
     "Raises a ValueError that says how to install packages that are not there."
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -153,11 +153,11 @@ def failures(command, *more):
 
 def one_run(e, command, show=False):
     "Builds and runs an Experiment, and prints its result."
-    from s4nb.training.fit import build, describe, run, summary
+    from s4nb.training.fit import build, describe, run, say, summary
     built = build(e)
     if show:
-        print(describe(e, *built), flush=True)
-    print(summary(run(e, command, built)))
+        say(describe(e, *built), flush=True)
+    say(summary(run(e, command, built)))
 
 
 def train(arguments):
@@ -179,7 +179,7 @@ def train(arguments):
         return end.code
     return code()
 
-# %% ../../nbs/6_training/71_run.ipynb #c9e6aea4
+# %% ../../nbs/6_training/71_run.ipynb #7f88152a
 @contextlib.contextmanager
 def replaced(mapping, key, value):
     "mapping[key] is `value` within the block."
@@ -199,7 +199,8 @@ def hydra_command(arguments):
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    register(check([a for a in arguments if "=" in a and not a.startswith("-")]))
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    register(check(overrides), named(overrides))
     command = " ".join(["s4nb train", *arguments])
 
     def job(config):
@@ -208,7 +209,8 @@ def hydra_command(arguments):
         if code():
             raise Said  # the other jobs of a sweep go on
 
-    before, sys.argv = sys.argv, ["s4nb", *arguments]
+    before, options = sys.argv, [a for a in arguments if a not in overrides]
+    sys.argv = ["s4nb", *overrides, *options]  # Hydra wants --multirun after the overrides
     try:
         with replaced(os.environ, "HYDRA_FULL_ERROR", "1"):  # errors of jobs come to us instead of being printed
             hydra.main(version_base=None, config_path=None, config_name="train")(job)()
