@@ -135,7 +135,7 @@ class Loaders(L.LightningDataModule):
     def test_dataloader(self):
         return self.evaluation("test")
 
-# %% ../../nbs/6_training/72_fit.ipynb #b826bf25
+# %% ../../nbs/6_training/72_fit.ipynb #0c52a7a6
 def finished(e, trainer):
     "Whether the run went its whole length and evaluated everything."
     t = e.trainer
@@ -155,7 +155,7 @@ def best_epoch(rows, train):
     rule = f"{'highest' if train.mode == 'max' else 'lowest'} {name}, first if equal"
     return {"rule": rule, "epoch": best["epoch"], name: best[name]}
 
-
+# %% ../../nbs/6_training/72_fit.ipynb #48421104
 def result(e, data, trainer, test):
     "What the card says about the outcome; test: the metrics at the best epoch, {test/accuracy: …}."
     rows = next(c for c in trainer.callbacks if isinstance(c, History)).rows
