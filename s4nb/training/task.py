@@ -175,7 +175,7 @@ def step_seed(*numbers):
     "A seed in [0, 2^63) that is a hash of whole numbers."
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
-# %% ../../nbs/6_training/59_task.ipynb #f8fbdb09
+# %% ../../nbs/6_training/59_task.ipynb #b39f5439
 class Task(L.LightningModule):
     """Trains and evaluates a Model on Batches (x, y, lengths, rate).
 
@@ -237,7 +237,9 @@ class Task(L.LightningModule):
 
     def training_step(self, batch, index):
         x, y, lengths, rate = batch
-        return self.measure("train", self(x, lengths, rate), y)
+        loss = self.measure("train", self(x, lengths, rate), y)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)  # of the step, for the eye
+        return loss
 
     def on_train_epoch_end(self):  # not in each step: a run that resumes before its validation has none left
         self.report("train")
