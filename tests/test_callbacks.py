@@ -346,7 +346,7 @@ def test_the_configuration_names_every_callback():
     assert kinds(ema=0.99) == kinds(swa=0.5) == kinds(swa=0.0) == ["Averaging"]
     assert kinds(stages=STAGES) == ["Resizing"] and kinds(early_stopping=3) == ["EarlyStopping"]
     assert kinds(timer=True, norms=True) == ["StepTimer", "Norms"]
-    with pytest.raises(ValueError, match="ema=0.9 and swa=0.5 are two averages"):
+    with pytest.raises(ValueError, match="ema=0.9 and callbacks.swa=0.5 are two averages"):
         callbacks_of(Callbacks(ema=0.9, swa=0.5))
     with pytest.raises(ValueError, match="begins after 5 epochs"):
         callbacks_of(Callbacks(stages=STAGES), 4)

@@ -188,7 +188,7 @@ def test_no_tensor_has_a_length_in_its_shape(name):
     if getattr(e.model, "position", None) == "learned": pytest.skip("learned positions are a table")
     for l in (1024, 4096):
         with torch.device("meta"):
-            model = e.model.build(Facts("classification", None, 1, 3, l))
+            model = e.model.build(Facts("classification", None, 1, 3, l, l if getattr(e.model, "decoder", "") == "all" else None))
         shapes.append({k: v.shape for k, v in model.state_dict().items()})
     assert shapes[0] == shapes[1]
 

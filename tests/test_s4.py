@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s4nb import S4D, S4Block
+from s4nb.hippo.transition import transition
 from s4nb.s4.kernels import DiagKernel, DPLRKernel
+from s4nb.s4.nplr import nplr
 from s4nb.ssm.krylov import krylov
 
 
@@ -254,3 +256,14 @@ def test_errors_at_run_time():
         warnings.simplefilter("always")
         S4Block(4, 8, l_max=5)(torch.zeros(1, 10, 4))
     assert any("l_max" in str(w.message) for w in caught)
+
+
+def test_nplr_where_tiny_numbers_count_as_zero():
+    "Training loops switch denormal numbers off: a spectrum of zeros is recognised all the same."
+    torch.set_flush_denormal(True)
+    try:
+        Lambda, P, B, V = nplr("fout", 2)
+    finally:
+        torch.set_flush_denormal(False)
+    p = 2 * (P @ V.mT).real
+    assert torch.allclose(2 * (V @ torch.diag(Lambda) @ V.mH).real - p.mT @ p, transition("fout", 2)[0], atol=1e-12)

@@ -137,3 +137,21 @@ def test_lra_listops_is_the_row_of_the_specification():
     assert (e.dataset.batch_size, e.trainer.max_epochs, e.optimizer.lr, e.optimizer.weight_decay) == (32, 40, 0.01, 0.05)
     assert (e.scheduler.warmup, e.scheduler.total, e.seed) == (12000, 120000, 3333)
     assert e.dataset.build().l_max == 2048 and e.dataset.sizes == [96000, 2000, 2000]
+
+
+def test_small_numbers_count_as_zero_only_while_a_run_lasts(place):
+    "In training they only cost time; the eigenvectors of a kernel need them."
+    tiny, seen = torch.tensor([1e-310], dtype=torch.double), []
+    e = small(place, "trainer.max_epochs=1", name="tiny")
+    data, model = build(e)
+    model.register_forward_hook(lambda *_: seen.append((tiny * 1).item()))
+    assert (tiny * 1).item() > 0
+    run(e, built=(data, model))
+    assert seen and set(seen) == {0.0} and (tiny * 1).item() > 0
+
+
+def test_less_than_an_epoch_is_tested_at_its_end(place):
+    card = run(small(place, "trainer.max_steps=1", name="short"))
+    assert card["state"] == "partial" and card["steps"] == card["epochs"] == 1
+    assert 0 <= card["test_accuracy"] <= 1 and card["best_epoch"]["rule"] == "the last weights: no epoch was validated"
+    assert "no epoch was validated" in summary(card)

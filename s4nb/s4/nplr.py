@@ -9,12 +9,12 @@ __all__ = ['conjugate_half', 'nplr', 'real_ssm']
 import torch
 from ..hippo.transition import rank_correction, transition
 
-# %% ../../nbs/3_s4/11_nplr.ipynb #1d2ac7c9
+# %% ../../nbs/3_s4/11_nplr.ipynb #ae049873
 def conjugate_half(K):
     "Eigenpairs (mu (m), V (N m)) of a real skew K (N N): K = 2 Re(V diag(i mu) V^*), mu <= 0 ascending."
     N = K.shape[-1]
     mu, V = torch.linalg.eigh(-1j * K)
-    zero = mu.abs() < 1e-10 * mu.abs().max().clamp(min=1e-300)
+    zero = mu.abs() < 1e-10 * mu.abs().max().clamp(min=1e-280)
     n_zero = int(zero.sum())
     if n_zero:                                   # real basis of the null space, paired into (n0 + i n1) / sqrt 2
         projector = (V[:, zero] @ V[:, zero].mH).real

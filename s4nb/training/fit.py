@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['say', 'OURS', 'task_of', 'lightning', 'make_trainer', 'rehearse', 'build', 'Loaders', 'finished', 'best_epoch',
-           'result', 'circumstances', 'fit', 'train_and_test', 'describe', 'summary', 'run']
+           'result', 'circumstances', 'denormals_are_zero', 'fit', 'train_and_test', 'describe', 'summary', 'run']
 
-# %% ../../nbs/6_training/72_fit.ipynb #dcf4d44b
+# %% ../../nbs/6_training/72_fit.ipynb #f9144497
+import contextlib
 import logging
 import math
 import warnings
@@ -92,12 +93,11 @@ def rehearse(e, data):
     trainer = lightning(e, logger=False, enable_checkpointing=False)
     shares(range(d.batch_size), d.batch_size, 0, trainer.world_size, t.accumulate_grad_batches)
 
-# %% ../../nbs/6_training/72_fit.ipynb #49d11ad3
+# %% ../../nbs/6_training/72_fit.ipynb #45caaf66
 def build(e):
     "The data and the model of an Experiment, both seeded: (data, model). A value that does not fit → ValueError."
     if e.trainer.threads:
         torch.set_num_threads(e.trainer.threads)
-    torch.set_flush_denormal(True)
     data = e.dataset.build()
     rehearse(e, data)
     data.prepare()
@@ -174,7 +174,18 @@ def circumstances(e, model, command):
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "published": e.published, "config": asdict(e)}
 
-# %% ../../nbs/6_training/72_fit.ipynb #d5ec142f
+# %% ../../nbs/6_training/72_fit.ipynb #6a66645e
+@contextlib.contextmanager
+def denormals_are_zero():
+    "Within the block, numbers too small to be normalised count as zero on this CPU, where it can do that."
+    before = (torch.tensor([1e-310], dtype=torch.double) * 1).item() == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+# %% ../../nbs/6_training/72_fit.ipynb #deca9044
 def fit(e, data, model, command=None):
     "Trains and tests; returns the card, which lies in the run's folder with metrics.csv, config.yaml and curve.png."
     target, facts = Path(e.output_dir or Path("results") / e.name), Facts.of(data)
@@ -198,14 +209,15 @@ def fit(e, data, model, command=None):
         end_wandb(folder, failed=card["state"] == "failed")
     return card | {"folder": str(folder)}
 
-
+# %% ../../nbs/6_training/72_fit.ipynb #785d89f9
 def train_and_test(e, data, trainer, task, loaders_, checkpoint, record):
     """Trains, from a checkpoint or from the start, and then tests at the best epoch.
 
     A run that its max_time ended is tested too, unless it is a piece of a longer one (train.resume=auto)."""
     stopped = None
     try:
-        trainer.fit(task, loaders_, ckpt_path=checkpoint)
+        with denormals_are_zero():
+            trainer.fit(task, loaders_, ckpt_path=checkpoint)
     except Stopped as end:
         stopped = end
         if end.code or e.train.resume != "never":
@@ -213,7 +225,8 @@ def train_and_test(e, data, trainer, task, loaders_, checkpoint, record):
     checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
     best = checkpoints.best_model_path
     if best or stopped is None:  # a run of less than an epoch is tested at its end
-        test = trainer.test(task, loaders_, ckpt_path=best or checkpoints.last, verbose=False)
+        with denormals_are_zero():
+            test = trainer.test(task, loaders_, ckpt_path=best or checkpoints.last, verbose=False)
         whole = bool(best) and stopped is None and finished(e, trainer)
         found = {name: value for metrics in test for name, value in metrics.items()}
         record.update(**result(e, data, trainer, found), state="measured" if whole else "partial")

@@ -51,7 +51,7 @@ def same_facts(data, saved):
         if a != b:
             raise ValueError(f"{saved.file} was trained on data with {name}={a}, but {data.name} has {name}={b}")
 
-# %% ../../nbs/6_training/73_trained.ipynb #5bec9174
+# %% ../../nbs/6_training/73_trained.ipynb #8e3ee0a5
 @contextlib.contextmanager
 def quiet():
     "Lightning's remarks on what is meant (no worker processes, no logger) are left out."
@@ -70,7 +70,7 @@ def quiet():
 def measured(e, data, model):
     "{val/accuracy: …, test/accuracy: …, …} of a model on the data of an Experiment, at each of its rates."
     import lightning as L
-    from s4nb.training.fit import Loaders, task_of
+    from s4nb.training.fit import Loaders, denormals_are_zero, task_of
     t = e.trainer
     with quiet():
         trainer = L.Trainer(accelerator=t.accelerator, devices=1, precision=t.precision, logger=False,
@@ -78,10 +78,11 @@ def measured(e, data, model):
                             limit_val_batches=t.limit_val_batches, limit_test_batches=t.limit_test_batches,
                             use_distributed_sampler=False)
         task_, loaders = task_of(e, Facts.of(data), model), Loaders(e, data)
-        parts = [*trainer.validate(task_, loaders, verbose=False), *trainer.test(task_, loaders, verbose=False)]
+        with denormals_are_zero():
+            parts = [*trainer.validate(task_, loaders, verbose=False), *trainer.test(task_, loaders, verbose=False)]
     return {name: value for metrics in parts for name, value in metrics.items()}
 
-# %% ../../nbs/6_training/73_trained.ipynb #829c97ba
+# %% ../../nbs/6_training/73_trained.ipynb #7e27230b
 def evaluate(path, *overrides):
     """{val/accuracy: …, test/accuracy: …, …} of the weights saved at a path, with KEY=VALUE changes of their experiment.
 
@@ -91,7 +92,6 @@ def evaluate(path, *overrides):
     e = changed(experiment_of(saved.experiment), overrides)
     if e.trainer.threads:
         torch.set_num_threads(e.trainer.threads)
-    torch.set_flush_denormal(True)  # as in training
     data = e.dataset.build().prepare()
     same_facts(data, saved)
     return measured(e, data, build_saved(saved._replace(experiment=plain(e))))
