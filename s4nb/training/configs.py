@@ -309,13 +309,15 @@ class Train:
         "max or min: which value of `monitor` is the best."
         return "max" if any(word in self.monitor for word in ("accuracy", "f1", "auc")) else "min"
 
-# %% ../../nbs/6_training/63_configs.ipynb #1af85550
+# %% ../../nbs/6_training/63_configs.ipynb #4cd9604d
 @dataclass
 class Experiment:
-    "Everything that a run depends on; `published` maps a source to its test accuracy in percent."
+    """Everything that a run depends on. published: {source: its test accuracy in percent}; goal: the test score expected
+    before the first run, an accuracy in percent or the error of a regression."""
     name: str = "experiment"
     about: str = ""
     published: Dict[str, float] = field(default_factory=dict)
+    goal: Optional[float] = None
     seed: int = 0
     output_dir: Optional[str] = None
     wandb: Optional[str] = None
@@ -328,7 +330,7 @@ class Experiment:
     train: Any = field(default_factory=Train)
 
     def __post_init__(self):
-        within("Experiment", self, seed="at least 0")
+        within("Experiment", self, seed="at least 0", goal="above 0")
 
 
 GROUPS = {
