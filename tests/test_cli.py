@@ -34,7 +34,7 @@ def test_twenty_steps_in_an_empty_folder(tmp_path):
     assert "kernel.inv_dt" in done.stdout and "Traceback" not in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"data", "results"}
     assert {p.name for p in (tmp_path / "results" / "listops-mini").iterdir()} == {
-        "card.json", "config.yaml", "curve.png", "metrics.csv", "checkpoints", "tensorboard"}
+        "card.json", "config.yaml", "curve.png", "metrics.csv", "checkpoints", "tensorboard", "weights"}
 
 
 def test_hydra_shows_the_configuration(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,8 @@ from test_tables import facts_of
 
 from s4nb.training.experiments import experiment
 from s4nb.training.fit import run
-from s4nb.training.record import load_card, report
+from s4nb.training.record import load_card
+from s4nb.training.reports import report
 from s4nb.training.tables import EXPERIMENTS, FAMILIES
 
 FEW = "dataset.sizes=[8,4,4]"

@@ -14,8 +14,11 @@ from s4nb.data.base import DataModule
 from s4nb.data.next_step import IGNORE
 from s4nb.data.synthetic import Adding, Copying, Delay, Reconstruct
 from s4nb.training import record as module
-from s4nb.training.record import (BEGIN, END, Record, answers, blind, end_wandb, first_above_chance, learning_curve, load_card, load_rows, loggers,
-                                  new_folder, report, save_card, save_curve, save_rows, wandb_id, write_report)
+from s4nb.training.configs import Experiment
+from s4nb.training.record import (Record, answers, blind, end_wandb, first_above_chance, learning_curve, load_card, load_rows, loggers, new_folder,
+                                  save_card, save_curve, save_rows, wandb_id)
+from s4nb.training.reports import BEGIN, END, report, write_report
+from s4nb.training.tables import EXPERIMENTS
 
 
 # ---- folder, card, rows ----------------------------------------------------------------------------------------------
@@ -278,9 +281,9 @@ def test_seeds_are_one_row(tmp_path):
     (row,) = table(tmp_path)
     assert row[0] == "[toy](toy-0/card.json) [2](toy-1/card.json) [3](toy-2/card.json) [4](toy-3/card.json)" and row[1] == "61.2 (paper)"
     per_seed = [50, 60, 75]                                             # seed 2 was run twice: its mean
-    assert row[2] == f"{np.mean(per_seed):.2f} ± {np.std(per_seed, ddof=1):.2f} %" and row[3] == "10.00 %"
-    assert row[4] == "4, 5, 6, 6: highest val/accuracy" and row[5] == "2, never, 2, 2" and row[6] == "0, 1, 2"
-    assert row[7:10] == ["a CPU", "60.0 s", "measured"] and row[10].count("<br>") == 2 and "`s4nb train experiment=toy seed=2`" in row[10]
+    assert row[2] == f"{np.mean(per_seed):.2f} ± {np.std(per_seed, ddof=1):.2f} %" and row[4] == "10.00 %"
+    assert row[5] == "4, 5, 6, 6: highest val/accuracy" and row[6] == "2, never, 2, 2" and row[7] == "0, 1, 2"
+    assert row[8:11] == ["a CPU", "60.0 s", "measured"] and row[11].count("<br>") == 2 and "`s4nb train experiment=toy seed=2`" in row[11]
 
 
 def test_other_settings_are_another_row(tmp_path):
@@ -295,7 +298,7 @@ def test_only_what_was_measured_has_a_number(tmp_path):
     save_card(tmp_path / "b", card(state="failed", error="OSError: no room\nleft | here", result={"accuracy": 0.987}))
     partial, failed = table(tmp_path)
     assert partial[2] == failed[2] == "" and "98.7" not in report(tmp_path)
-    assert partial[9] == "partial" and failed[9] == r"failed: OSError: no room left \| here"
+    assert partial[10] == "partial" and failed[10] == r"failed: OSError: no room left \| here"
 
 
 def test_units_rates_and_a_card_of_before(tmp_path):
@@ -305,8 +308,37 @@ def test_units_rates_and_a_card_of_before(tmp_path):
     save_card(tmp_path / "c", {key: value for key, value in old.items() if key not in ("result", "chance")})
     toy, adding, before = table(tmp_path)
     assert toy[2] == "50.00 %<br>25.00 % at rate 2<br>bits 1.5"
-    assert adding[1:4] == ["", "loss 0.01234", "mse 0.1667"]
-    assert before[2:4] == ["47.30 %", "15.10 %"] and before[10] == "in Python: see its card"
+    assert adding[1:5] == ["", "loss 0.01234", "", "mse 0.1667"]
+    assert before[2:5] == ["47.30 %", "", "15.10 %"] and before[11] == "in Python: see its card"
+
+
+def test_the_goal_is_compared_with_the_mean_of_the_seeds(tmp_path):
+    aim = {"goal": 55.0}
+    for seed, accuracy in enumerate((0.50, 0.60)):                      # the mean reaches it, though a seed does not
+        save_card(tmp_path / f"toy-{seed}", card(seed=seed, accuracy=accuracy, config=aim))
+    save_card(tmp_path / "worse", card(name="worse", accuracy=0.5499, config=aim))
+    save_card(tmp_path / "cut", card(name="cut", accuracy=0.9, state="partial", config=aim))
+    mse = {"metric": "mse", "score": 0.2}
+    save_card(tmp_path / "error", card(name="error", config={"goal": 0.1}, chance=mse, result={"test/mse": 0.1, "test/loss": 0.3}))
+    save_card(tmp_path / "large", card(name="large", config={"goal": 0.1}, chance=mse, result={"test/loss": 0.11}))
+    assert {row[0].split("]")[0][1:]: row[3] for row in table(tmp_path)} == {
+        "toy": "≥ 55 %: reached", "worse": "≥ 55 %: not reached", "cut": "≥ 55 %", "error": "mse ≤ 0.1: reached",
+        "large": "mse ≤ 0.1: not reached"}
+
+
+def test_words_about_an_experiment_do_not_part_its_runs(tmp_path):
+    for seed, more in enumerate(({"goal": 1.0, "about": "old"}, {"goal": None, "about": "new", "published": {"a paper": 2.0}})):
+        save_card(tmp_path / f"{seed}", card(seed=seed, config=more))
+    (row,) = table(tmp_path)
+    assert row[7] == "0, 1"
+
+
+def test_what_nobody_ran_has_a_row_with_its_command(tmp_path):
+    save_card(tmp_path / "a", card())
+    planned = [Experiment("toy"), Experiment("lra-x", published={"a paper": 96.35})]
+    lines = [line for line in report(tmp_path, planned).splitlines() if "not run" in line]
+    assert lines == ["| lra-x | 96.35 (a paper) |  |  |  |  |  |  |  |  | not run | `s4nb train experiment=lra-x` |"]
+    assert write_report(tmp_path, planned).read_text().count("not run") == 1
 
 
 def test_cards_of_other_measurements_are_listed(tmp_path):
@@ -344,9 +376,9 @@ def test_cards_that_lack_something_say_nothing_of_it(tmp_path):
     save_card(tmp_path / "empty", card(name="empty") | dict.fromkeys(("published", "result", "chance", "best_epoch", "wall_seconds", "error", "device")))
     save_card(tmp_path / "unknown", card(name="unknown", state="dreamt", result={"accuracy": 0.987}))
     bare, empty, unknown = table(tmp_path)
-    assert bare == ["[bare](bare/card.json)", "", "", "", "", "", "", "", "", "measured", "in Python: see its card"]
-    assert empty[1:5] == empty[1:2] * 4 == [""] * 4 and empty[5] == "2" and empty[7:10] == ["", "", "measured"]
-    assert unknown[2] == "" and unknown[9] == "dreamt"
+    assert bare == ["[bare](bare/card.json)", "", "", "", "", "", "", "", "", "", "measured", "in Python: see its card"]
+    assert empty[1:6] == [""] * 5 and empty[6] == "2" and empty[8:11] == ["", "", "measured"]
+    assert unknown[2] == "" and unknown[10] == "dreamt"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -354,7 +386,7 @@ def test_results_that_are_no_numbers_are_shown(tmp_path, value):
     for seed, accuracy in enumerate((0.5, value)):
         save_card(tmp_path / f"{seed}", card(seed=seed, accuracy=accuracy))
     (row,) = table(tmp_path)
-    assert row[2] == f"{value} ± nan %" and row[6] == "0, 1"
+    assert row[2] == f"{value} ± nan %" and row[7] == "0, 1"
 
 
 def test_names_with_bars_and_letters_of_all_kinds(tmp_path):
@@ -363,7 +395,7 @@ def test_names_with_bars_and_letters_of_all_kinds(tmp_path):
     save_card(tmp_path / "c", {})
     text = report(tmp_path)
     runs, others = text.split("\n## Other measurements\n")
-    for part, columns in ((runs, 11), (others, 4)):
+    for part, columns in ((runs, 12), (others, 4)):
         rows = [line for line in part.splitlines() if line.startswith("|")]
         assert len(rows) == 3 and all(len(re.split(r"(?<!\\)\|", line)) == columns + 2 for line in rows)
     assert "Δ\\|数字" in runs and "a b\\|c" in runs and "|  | a\\|b c | 7 |" in others
@@ -374,7 +406,7 @@ def test_seeds_stand_in_their_order(tmp_path):
     for seed in (10, 9, 2, 1):
         save_card(tmp_path / f"toy-{seed}", card(seed=seed))
     (row,) = table(tmp_path)
-    assert row[6] == "1, 2, 9, 10" and row[4].startswith("5, 6, 13, 14:") and row[0].startswith("[toy](toy-1/card.json) [2](toy-2/")
+    assert row[7] == "1, 2, 9, 10" and row[5].startswith("5, 6, 13, 14:") and row[0].startswith("[toy](toy-1/card.json) [2](toy-2/")
 
 
 def test_where_nothing_can_be_written(tmp_path):
@@ -407,4 +439,4 @@ def test_the_committed_report_is_that_of_the_committed_cards(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True)
         shutil.copy(ROOT / path, tmp_path / path)
     stored = (ROOT / "results" / "README.md").read_text().partition(f"{BEGIN}\n")[2].partition(END)[0]
-    assert paths and stored == report(tmp_path / "results"), "results/README.md is not what its cards give; run `s4nb report`"
+    assert paths and stored == report(tmp_path / "results", EXPERIMENTS.values()), "results/README.md is not what its cards give; run `s4nb report`"

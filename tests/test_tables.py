@@ -143,7 +143,7 @@ def test_what_the_specification_says_of_whole_families():
     centred = {name for name, e in EXPERIMENTS.items() if getattr(e.dataset, "center", False)}
     assert centred == {f"lra-{task}-{version}" for task in ("pathfinder", "pathx") for version in ("v1", "v3", "small")}
     halved = {name for name, e in EXPERIMENTS.items() if e.dataset.rates == [1, 2]}
-    assert halved == {"sc35", "sc35-ablation", "sc35-convnet", "sc35-transformer", "sc10", "sc10-v1", "sc10-twin"}
+    assert halved == {"sc35", "sc35-ablation", "sc35-convnet", "sc35-transformer", "sc10", "sc10-v1", "sc10-twin", "spoken-digits"}
     assert all(e.dataset.rates == [1] for name, e in EXPERIMENTS.items() if name not in halved)
     assert EXPERIMENTS["cifar-s4d-standalone"].dataset.std == [0.2023, 0.1994, 0.2010]
     assert EXPERIMENTS["sc10-mfcc"].dataset.features == "mfcc" and EXPERIMENTS["sc10-dropped"].dataset.dropped == 30
