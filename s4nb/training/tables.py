@@ -274,7 +274,7 @@ SYNTHETIC = [
         AdamW(0.001, 0.0), Constant(), 200, 0, monitor="val/loss"),
 ]
 
-# %% ../../nbs/6_training/64_tables.ipynb #e7ebbf62
+# %% ../../nbs/6_training/64_tables.ipynb #f7870fc1
 def small(n_layers=3, d_model=64, d_state=16, dt_min=1e-3, dt_max=1e-1):
     "A bidirectional S4 stack for a CPU."
     return stack(n_layers, d_model, S4Layer(d_state, bidirectional=True, dt_min=dt_min, dt_max=dt_max), "batch/pre")
@@ -303,14 +303,17 @@ OURS = [
     replace(row("ablation", "ours: the base of the ablations, two small layers on Fashion-MNIST for 600 steps",
                 data("fashion-mnist", 50), stack(2, 32, S4Layer(32), "layer/pre"), AdamW(0.01, 0.05), CosineWarmup(60), 1),
             trainer=Trainer(1, limit_train_batches=600)),
-    row("pathfinder-easy", "ours: Pathfinder at its easy level (curves of 6 dashes), 40000 images made here, by a small S4D",
+    row("pathfinder-easy", "ours: Pathfinder at its easy level (curves of 6 dashes), 40000 images made here, small S4D",
         data("lra-pathfinder", 64, level="easy", n=40_000),
         stack(3, 64, S4DLayer(16, n_ssm=None, bidirectional=True, lr=all_at(1e-3)), "batch/pre"),
         AdamW(0.004, 0.05), CosineWarmup(500), 8, goal=82.0),
     row("spoken-digits", "ours: ten digits by six speakers, 8000 samples", data("spoken-digits", 16, bucket=20, rates=[1, 2]),
         small(), AdamW(0.01, 0.05), CosineWarmup(150), 20, goal=95.0),
+    row("spoken-digits-mfcc", "ours: the same from frames of 20 spectral coefficients", data("spoken-digits-mfcc", 16, bucket=20),
+        small(dt_min=1e-2), AdamW(0.01, 0.05), CosineWarmup(150), 20, goal=98.0),
     row("sc10-twin", "ours: ten words of synthetic voices, in the form of Speech Commands",
-        data("sc10-twin", 16, rates=[1, 2]), small(d_model=32), AdamW(0.01, 0.05), CosineWarmup(150), 10),
+        data("sc10-twin", 16, rates=[1, 2]), small(d_model=32), AdamW(0.01, 0.05), CosineWarmup(150), 20,
+        goal=62.0),
     row("pen-twin", "ours: characters written by a simulated pen", data("pen-twin", 32, bucket=20),
         small(dt_min=1e-2), AdamW(0.01, 0.05), CosineWarmup(100), 10),
     row("reviews", "ours: other film reviews, as 4096 characters", data("reviews", 16, bucket=20),
