@@ -44,7 +44,7 @@ stress: $(VENV)/.installed
 
 lab: $(VENV)/.installed
 	@$(NATIVE)
-	@$(BIN)/jupyter lab nbs/index.ipynb
+	@DATA_PATH="$${DATA_PATH:-$(CURDIR)/data}" $(BIN)/jupyter lab nbs/index.ipynb
 
 kernels: $(VENV)/.installed
 	@$(BIN)/python s4nb/build.py

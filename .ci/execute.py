@@ -48,6 +48,7 @@ def execute(path, flags=(), root=ROOT):
     kept = {i: (c.source, c.outputs) for i, c in enumerate(nb.cells) if left_out(c, flags)}
     for i in kept: nb.cells[i].source = "pass"
     os.environ.update(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
+    os.environ.setdefault("DATA_PATH", str(Path(root) / "data"))
     os.environ.pop("MPLBACKEND", None)  # the kernel's own: plots in the notebook
     resources = {"metadata": {"path": str(Path(path).parent)}}
     quiet = ["--log-level=ERROR"]

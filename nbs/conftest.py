@@ -283,6 +283,7 @@ def run_notebook(path, flags=(), root=ROOT):
     with untouched(), shell() as sh:
         sys.path.insert(0, str(root))
         os.chdir(Path(path).parent)
+        os.environ.setdefault("DATA_PATH", str(Path(root) / "data"))  # of the checkout, not of the notebook's folder
         for cell in cells:
             missing = cell.flags - set(flags)
             if missing: skipped["+".join(sorted(missing))] += 1
