@@ -34,7 +34,7 @@ class Size(NamedTuple):
 
 
 class TrainingPlan(NamedTuple):
-    """turns: sizes whose ways take turns; alone: sizes of our way only, for the estimates of notebook 76; apart: (size,
+    """turns: sizes whose ways take turns; alone: sizes of our way only, for the estimates of notebook 77; apart: (size,
     ways), each way in a process of its own, which shows its memory."""
     rounds: int
     turns: tuple

@@ -6,10 +6,11 @@ from functools import cache
 import pytest
 import torch
 
-from s4nb.training import configs, tables
+from s4nb.training import configs, notation
 from s4nb.training.architectures import Facts, ResNet, S4DLayer, S4Layer, SequenceBackbone, WaveGAN
 from s4nb.training.optimization import param_groups
-from s4nb.training.tables import EXPERIMENTS, FAMILIES, data, markdown, row, rows, shown, stack
+from s4nb.training.notation import data, markdown, row, rows, shown, stack
+from s4nb.training.tables import EXPERIMENTS, FAMILIES
 
 # L layers, H width, N state, S copies of the SSM (H: one for each feature), lr_ssm: of dt/A/B/C, g: the optimiser's, F: frozen.
 S4_ROWS = """
@@ -331,7 +332,7 @@ def test_the_helpers_and_the_rendered_table():
     assert table == [("experiment", "N", "decay"), ("a", "16", "0"), ("lra-pathx-resnet", "–", "0")]
     assert markdown(table).splitlines()[:3] == ["| experiment | N | decay |", "|---|---|---|", "| a | 16 | 0 |"]
     assert [shown(x) for x in (True, False, None, 1e-3, [1, 2], {"a": None, "b": 0.5})] == ["yes", "no", "null", "0.001", "[1, 2]", "null / 0.5"]
-    assert all(len(cells) == len(tables.COLUMNS) for cells in rows(EXPERIMENTS.values()))
+    assert all(len(cells) == len(notation.COLUMNS) for cells in rows(EXPERIMENTS.values()))
     with pytest.raises(ValueError, match="model.norm"):
         stack(1, 8, S4Layer(), "bath/pre")
     with pytest.raises(TypeError, match="no_such"):
