@@ -1,13 +1,15 @@
 """Runs from Experiment to record, in a temporary folder: seeds, checkpoints, the best epoch, failures."""
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from s4nb.training.experiments import EXPERIMENTS, experiment
-from s4nb.training.fit import Loaders, build, run, summary
+from s4nb.training.fit import Loaders, build, run, summary, trim_memory
 from s4nb.training.optimization import param_groups
 from s4nb.training.record import load_card, load_rows
 from s4nb.training.task import NonFiniteLoss, require_finite, set_length
@@ -155,3 +157,13 @@ def test_less_than_an_epoch_is_tested_at_its_end(place):
     assert card["state"] == "partial" and card["steps"] == card["epochs"] == 1
     assert 0 <= card["test_accuracy"] <= 1 and card["best_epoch"]["rule"] == "the last weights: no epoch was validated"
     assert "no epoch was validated" in summary(card)
+
+
+def test_freed_memory_is_given_back():
+    if sys.platform != "linux": pytest.skip("malloc_trim is glibc's")
+    def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    blocks = [torch.ones(20_000) for _ in range(2000)]
+    full = resident()
+    del blocks[:-1]                                                      # the last lies above the others: without it the heap shrinks by itself
+    trim_memory()
+    assert full - resident() > 100 and blocks[0].sum() == 20_000
