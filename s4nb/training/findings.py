@@ -7,10 +7,12 @@ __all__ = ['COLUMNS', 'runs_below', 'cards_of', 'table_rows', 'table_of', 'draw_
            'kernels_of', 'timescales', 'finite', 'draw_timescales', 'impulse', 'draw_kernels', 'numbers', 'moved',
            'predictions', 'confusion', 'draw_confusion', 'complete']
 
-# %% ../../nbs/6_training/78_findings.ipynb #a7df6f3a
+# %% ../../nbs/6_training/78_findings.ipynb #c445e348
 import math
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -197,7 +199,8 @@ def draw_confusion(axes, counts, names):
     axes.set_yticklabels(names)
     axes.grid(False)
 
-# %% ../../nbs/6_training/78_findings.ipynb #885b68cd
+# %% ../../nbs/6_training/78_findings.ipynb #289bc2f8
 def complete(command, root="../.."):
-    "Runs a command line in a folder; what fails there fails here, too."
-    subprocess.run(shlex.split(command), cwd=root, check=True)
+    "Runs a command line in a folder, its programs those beside this Python first; what fails there fails here, too."
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    subprocess.run(shlex.split(command), cwd=root, env={**os.environ, "PATH": path}, check=True)
