@@ -205,7 +205,7 @@ def denormals_are_zero():
 
 # %% ../../nbs/6_training/74_fit.ipynb #deca9044
 def fit(e, data, model, command=None):
-    "Trains and tests; returns the card, which lies in the run's folder with metrics.csv, config.yaml and curve.png."
+    "Trains and tests; returns the card, which lies in the run's folder with metrics, config, curve and weights."
     target, facts = Path(e.output_dir or Path("results") / e.name), Facts.of(data)
     folder, checkpoint = agreed(lambda: find_run(target.parent, target.name, e, e.train.resume))
     if e.trainer.compile:
