@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'BEGIN', 'END', 'HEAD', 'sameness', 'scores', 'show', 'duration', 'each', 'one_a_seed', 'guess_of',
-           'expected', 'row_of', 'row_without_run', 'group_of', 'markdown_table', 'report', 'write_report']
+           'expected', 'row_of', 'row_without_run', 'group_of', 'markdown_table', 'table', 'cards_below', 'report',
+           'write_report']
 
 # %% ../../nbs/6_training/68_reports.ipynb #98ee3ce4
 import json
@@ -129,17 +130,22 @@ def group_of(path, card):
         raise ValueError(f"{path}/card.json is not the card of a run ({type(error).__name__}: {error}); correct it, or "
                          "move its folder away") from error
 
-# %% ../../nbs/6_training/68_reports.ipynb #b73cd8c1
+# %% ../../nbs/6_training/68_reports.ipynb #a3842626
 def markdown_table(head, rows):
     "A markdown table of any cells: a line break is a space in it, and a bar is no end of a cell."
     clean = lambda cells: ["" if c is None else str(c).replace("|", "\\|").replace("\n", " ") for c in cells]
     return "\n".join("| " + " | ".join(clean(cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def report(folder="results", planned=()):
-    """All cards below a folder as markdown: the table of runs beside the published numbers, then other measurements.
+def table(entries, columns=HEAD, root=""):
+    "Groups of runs [(path, card), …] and Experiments that nobody ran as a markdown table; root is what its links begin with."
+    rows = [row_of(entry) if isinstance(entry, list) else row_without_run(entry) for entry in entries]
+    rows = [[str(row[HEAD.index(title)]).replace("](", f"]({root}") for title in columns] for row in rows]
+    return markdown_table(columns, rows)
 
-    planned: Experiments, each of which gets a row even if it has no card."""
+# %% ../../nbs/6_training/68_reports.ipynb #594fe8de
+def cards_below(folder="results"):
+    "The cards below a folder, tmp apart: runs as groups [[(path, card), …], …], each a row, and others [(path, card), …]."
     groups, others = {}, []
     for path in sorted(path.parent.relative_to(folder) for path in Path(folder).rglob("card.json")):
         card = {} if path.parts[:1] == ("tmp",) else load_card(Path(folder) / path)
@@ -147,13 +153,21 @@ def report(folder="results", planned=()):
         if {"name", "state", "config"} <= card.keys():
             groups.setdefault(group_of(path, card), []).append((path, card))
         elif card:
-            what = card.get("what", card.get("about"))
-            others.append([f"[{path}]({path}/card.json)", card.get("state"), what, card.get("command")])
-    rows = [row_of(group) for group in sorted(groups.values(), key=lambda group: str(group[0][1]["name"]))]
-    known = {card["name"] for group in groups.values() for _, card in group}
-    rows += [row_without_run(e) for e in planned if e.name not in known]
-    text = f"## Runs\n\n{markdown_table(HEAD, rows) if rows else 'No run yet: `s4nb train experiment=NAME`.'}\n"
-    more = f"\n## Other measurements\n\n{markdown_table(('card', 'state', 'what', 'made by'), others)}\n" if others else ""
+            others.append((path, card))
+    return list(groups.values()), others
+
+
+def report(folder="results", planned=()):
+    """All cards below a folder as markdown: the table of runs beside the published numbers, then other measurements.
+
+    planned: Experiments, each of which gets a row even if it has no card."""
+    groups, others = cards_below(folder)
+    known = {card["name"] for group in groups for _, card in group}
+    entries = [*sorted(groups, key=lambda group: str(group[0][1]["name"])), *(e for e in planned if e.name not in known)]
+    text = f"## Runs\n\n{table(entries) if entries else 'No run yet: `s4nb train experiment=NAME`.'}\n"
+    rows = [[f"[{path}]({path}/card.json)", card.get("state"), card.get("what", card.get("about")), card.get("command")]
+            for path, card in others]
+    more = f"\n## Other measurements\n\n{markdown_table(('card', 'state', 'what', 'made by'), rows)}\n" if rows else ""
     return text + more
 
 
