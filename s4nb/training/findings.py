@@ -120,7 +120,7 @@ def draw_timescales(fig, before, after, L):
     axes[0].legend(markerscale=3)
     return axes
 
-# %% ../../nbs/6_training/78_findings.ipynb #02878bfa
+# %% ../../nbs/6_training/78_findings.ipynb #9f05f651
 @torch.no_grad()
 def impulse(kernel, L):
     "The first kernel of each feature (h L)."
@@ -138,7 +138,7 @@ def draw_kernels(fig, before, after, L, features=3):
             axes[row, i].set_title(f"layer {i + 1}, feature {h}")
     for ax in axes[-1]:
         ax.set_xlabel("step")
-    axes[0, 0].legend()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2)
     return axes
 
 # %% ../../nbs/6_training/78_findings.ipynb #99e5a872
