@@ -209,6 +209,13 @@ def test_current_stream_and_graphs():
         for a, b, c in zip(want, other, captured, strict=True): assert torch.equal(a, b) and torch.equal(a, c), name
 
 
+def test_a_hundred_runs_agree_bitwise():
+    "Sums are made in one order: nothing depends on which block comes first."
+    for name, call in calls().items():
+        first = [t.clone() for t in call()]
+        for _ in range(99): assert all(map(torch.equal, first, call())), name
+
+
 def test_second_device():
     if torch.cuda.device_count() < 2: pytest.skip("one GPU here")
     v, z, w = (t.to("cuda:1") for t in (numbers(2, 3, 4), numbers(1, 5), modes(2, 4)))
