@@ -335,10 +335,11 @@ def test_words_about_an_experiment_do_not_part_its_runs(tmp_path):
 
 def test_what_nobody_ran_has_a_row_with_its_command(tmp_path):
     save_card(tmp_path / "a", card())
-    planned = [Experiment("toy"), Experiment("lra-x", published={"a paper": 96.35})]
+    planned = [Experiment("toy"), Experiment("lra-x", published={"a paper": 96.35}), Experiment("ours", goal=75.0)]
     lines = [line for line in report(tmp_path, planned).splitlines() if "not run" in line]
-    assert lines == ["| lra-x | 96.35 (a paper) |  |  |  |  |  |  |  |  | not run | `s4nb train experiment=lra-x` |"]
-    assert write_report(tmp_path, planned).read_text().count("not run") == 1
+    assert lines == ["| lra-x | 96.35 (a paper) |  |  |  |  |  |  |  |  | not run | `s4nb train experiment=lra-x` |",
+                     "| ours |  |  | 75 |  |  |  |  |  |  | not run | `s4nb train experiment=ours` |"]
+    assert write_report(tmp_path, planned).read_text().count("not run") == 2
 
 
 def test_cards_of_other_measurements_are_listed(tmp_path):

@@ -93,7 +93,7 @@ def expected(cards):
     ours = statistics.fmean(found[column(chance, found)])
     return text + (": reached" if (100 * ours >= goal if share else ours <= goal) else ": not reached")
 
-# %% ../../nbs/6_training/68_reports.ipynb #fc69e438
+# %% ../../nbs/6_training/68_reports.ipynb #5bdd06f9
 def row_of(group):
     "The table's row of [(path, card), …], measured runs of one experiment; or of one partial or failed run."
     paths, cards = zip(*sorted(group, key=lambda run: int(run[1].get("seed") or 0)))
@@ -115,9 +115,10 @@ def row_of(group):
 
 
 def row_without_run(e):
-    "The table's row of an Experiment that nobody ran."
+    "The table's row of an Experiment that nobody ran; of its goal only the number, as the metric comes with the data."
     published = each(f"{value:g} ({source})" for source, value in e.published.items())
-    cells = {"experiment": e.name, "published": published, "state": "not run", "command": f"`s4nb train experiment={e.name}`"}
+    cells = {"experiment": e.name, "published": published, "expected": "" if e.goal is None else f"{e.goal:g}",
+             "state": "not run", "command": f"`s4nb train experiment={e.name}`"}
     return [cells.get(title, "") for title in HEAD]
 
 
