@@ -268,7 +268,7 @@ class GatedSRNNCell(GRUCell):
         h = super().default_state(*batch, device=device)
         return h, torch.zeros(batch, dtype=torch.int64, device=h.device)
 
-# %% ../../nbs/4_models/24_rnn.ipynb #e7ac5a38
+# %% ../../nbs/4_models/24_rnn.ipynb #52cb35ab
 def each(f, state):
     "f of a tensor, or of each tensor of a tuple."
     return tuple(map(f, state)) if isinstance(state, tuple) else f(state)
@@ -290,8 +290,8 @@ class TorchRNN(SequenceModule):
         if lengths is None: y, new = self.run(u, state)
         else:
             x, lengths = mask_padding(u, lengths), torch.as_tensor(lengths)
-            y, new = self.run(x, state, lengths.clamp(min=1).cpu())
-            new = freeze(lengths.to(u.device) > 0, new, state)
+            y, new = self.run(x, state, lengths.clamp(min=1).cpu() if return_state else None)
+            y, new = mask_padding(y, lengths), freeze(lengths.to(u.device) > 0, new, state)
         return y.to(u.dtype), (new if return_state else None)
 
     def run(self, u, state, lengths=None):
