@@ -4,6 +4,9 @@ WORKERS ?= 2       # processes that run the tests
 FLAGS ?= slow      # flagged notebook cells that `make stress` runs, such as FLAGS="slow gpu"
 NB ?=              # notebooks for `make notebooks`; empty: all
 
+# Threads that wait let others run: where cores are shared, training is otherwise many times slower.
+export OMP_WAIT_POLICY ?= passive
+
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(BIN)/python s4nb/build.py --quiet    # nothing to do: a twentieth of a second

@@ -1,4 +1,5 @@
 """What a newcomer meets first: the setup refuses in one line what cannot work, and `make` lists what it can do."""
+import os
 import re
 import shutil
 import subprocess
@@ -51,6 +52,14 @@ def test_make_lists_its_targets():
     listed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
     assert all(re.search(rf"\b{t}\b", listed) for t in targets if t != "help"), f"`make` does not list all of {targets}"
+
+
+@pytest.mark.parametrize("given, seen", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_waiting_threads_are_passive_unless_told(given, seen):
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    asked = "include Makefile\nshow: ; @printenv OMP_WAIT_POLICY\n"
+    done = subprocess.run(["make", "-sf-", "show"], cwd=ROOT, input=asked, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout == f"{seen}\n"
 
 
 def test_scripts_are_executable_shell():
