@@ -308,7 +308,7 @@ def test_units_rates_and_a_card_of_before(tmp_path):
     save_card(tmp_path / "c", {key: value for key, value in old.items() if key not in ("result", "chance")})
     toy, adding, before = table(tmp_path)
     assert toy[2] == "50.00 %<br>25.00 % at rate 2<br>bits 1.5"
-    assert adding[1:5] == ["", "loss 0.01234", "", "mse 0.1667"]
+    assert adding[1:5] == ["", "mse 0.01234", "", "mse 0.1667"]
     assert before[2:5] == ["47.30 %", "", "15.10 %"] and before[11] == "in Python: see its card"
 
 

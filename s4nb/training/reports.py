@@ -32,10 +32,13 @@ def sameness(card):
 
 
 def scores(card):
-    "{metric: value} on test at the best epoch; the loss only where there is nothing else."
+    "{metric: value} on test at the best epoch; the loss only without another, as mse where it is that."
     found = card.get("result") or ({"accuracy": card["test_accuracy"]} if "test_accuracy" in card else {})
     found = {key.removeprefix("test/"): value for key, value in found.items()}
-    return {key: value for key, value in found.items() if not key.endswith("loss")} or found
+    found = {key: value for key, value in found.items() if not key.endswith("loss")} or found
+    if card.get("chance") and column(card["chance"], found) == "loss":
+        found = {key.replace("loss", "mse"): value for key, value in found.items()}
+    return found
 
 
 def show(metric, values):
