@@ -49,7 +49,7 @@ PLAN = TrainingPlan(3, (*ONE_LAYER, *(size._replace(batch=4) for size in ONE_LAY
                     tuple((size, ("native", "naive")) for size in ONE_LAYER)
                     + tuple((Size(name), ("native",)) for name in MODELS))
 QUICK = TrainingPlan(1, tuple(Size(name, 1, 2, 4, 64) for name in MODELS), (Size("lra-pathx", 1, 1, 4, 64),),
-                     ((Size("lra-cifar", None, 2, 4, 64), ("native", "naive")),))
+                     ((Size("lra-cifar", 1, 4, 64, 1024), ("native", "naive")),))    # large enough to show in the counters
 
 
 # ---- the naive way ---------------------------------------------------------------------------------------------------
