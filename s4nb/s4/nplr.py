@@ -37,7 +37,7 @@ def nplr(measure, N, rank=1):
     if N < 2 or N % 2:
         raise ValueError(f"nplr keeps one of each conjugate pair, so N must be even and at least 2; got N={N}")
     device = torch.get_default_device()
-    with torch.device("cpu"):                    # the same eigenvectors on every machine, and none are needed on "meta"
+    with torch.device("cpu"):                    # whatever the default device is; none are needed on "meta"
         A, B = transition(measure, N)
         P = rank_correction(measure, N, rank)
         S = A + P.T @ P
