@@ -147,7 +147,9 @@ def test_dropout_acts_on_weights_in_training_alone():
 def test_mask():
     valid = torch.tensor([[True, False, True, True]])
     assert visible(valid, 2, True).int().tolist() == [[[[1, 0, 1, 0], [1, 0, 1, 1]]]]
-    assert visible(valid, 4, False).int().tolist() == [[[[1, 0, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1]]]]
+    assert visible(valid, 2, True)[0, 0, 0].tolist() == visible(valid[:, :3], 1, True)[0, 0, 0].tolist() + [False]
+    valid = torch.cat([valid, torch.zeros_like(valid)])
+    assert visible(valid, 4, False).int().tolist() == [[[[1, 0, 1, 1]]], [[[1, 1, 1, 1]]]]
 
 
 # ---- linear attention ------------------------------------------------------------------------------------------------

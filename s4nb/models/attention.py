@@ -60,14 +60,16 @@ class AttentionHeads(SequenceModule):
 
     def extra_repr(self): return f"{self.d_model}, n_heads={self.n_heads}, causal={self.causal}"
 
-# %% ../../nbs/4_models/27_attention.ipynb #26f0a8db
+# %% ../../nbs/4_models/27_attention.ipynb #6b3e2e8c
 def visible(valid, l, causal):
-    """The mask (b 1 l t) of what the last l of t positions may see: the valid (b t) ones, none later if `causal`, and
-    in any case themselves, so that no row of the softmax is empty."""
+    """The mask of what the last l of t positions may see: the valid (b t) ones, none later if `causal`.
+
+    (b 1 l t) if causal, otherwise (b 1 1 t), one for all queries. No row is empty: a causal position sees itself in any
+    case, and without an order a sequence in which nothing is valid sees all."""
+    if not causal: return (valid | ~valid.any(1, keepdim=True))[:, None, None]
     j = torch.arange(valid.shape[1], device=valid.device)
     i = j[-l:, None]
-    sees = valid[:, None, None, :] | (i == j)
-    return sees & (j <= i) if causal else sees
+    return (valid[:, None, None] | (i == j)) & (j <= i)
 
 # %% ../../nbs/4_models/27_attention.ipynb #31bb685e
 class MultiHeadAttention(AttentionHeads):
