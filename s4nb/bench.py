@@ -4,29 +4,29 @@ import ctypes
 import json
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
 
 from .baselines import LITERAL, Attention, fft_conv, literal_sums
+from .bench_lengths import length_rows, profile_rows, text_of
+from .bench_rates import measured_rates
+from .bench_time import BOTH, Case, digits, forward, passes, timed, title_of
 from .build import library
 from .module import one_of
 from .ops.cauchy_sum import OPS, PREFERENCE, cauchy, usable
 from .ops.convolution import long_conv
 from .ops.vandermonde_sum import log_vandermonde
 from .s4.block import S4Block
-from .s4.fused import fast_diag_step, fast_dplr_step
+from .s4.fused import fast_diag_step, fast_dplr_step, fast_spectrum
 from .s4.generating import discrete_real, nodes
 from .s4.nplr import nplr
 from .ssm.krylov import krylov
 from .training.record import commit, processor, save_card, versions
 
 KINDS = {"S4": {"mode": "dplr"}, "S4D": {"mode": "diag", "init": "diag-lin"}}
-BOTH = "forward + backward"
 FASTER = {    # how many times faster than the baseline the native way should be on a CPU
     f"Cauchy sum, {BOTH}, H=64 L=4096 N=64": 60,
     f"Cauchy sum, {BOTH}, H=32 L=16384 N=64": 80,
@@ -37,8 +37,11 @@ FASTER = {    # how many times faster than the baseline the native way should be
     f"S4D block, {BOTH}, B=8 H=128 L=1024": 2.5,
     **{f"{kind} {what}, B={B} H=256": 2.5 for kind in KINDS for what in ("step", "block step") for B in (1, 16)},
 }
+FASTER_ON_GPU = {f"{kind} block, {BOTH}, B=16 H=256 L=16384": 1.5 for kind in KINDS}    # than plain torch
+OF_FLOOR = {"DPLR spectrum, forward, H=256 L=16384 N=64": 0.6, "Vandermonde sum, forward, H=256 L=16384 N=64": 0.5}
 MOST = {"peak_mb": 500, "forward": 2e-6, "backward": 1e-5}    # native kernel of LARGE; relative errors in complex64
 LARGE = (256, 16384, 64)
+MANY_THREADS = ("block", "length", "profile")
 RANK = {"legt": 2}    # of the low-rank terms, where it is not 1
 
 
@@ -46,6 +49,7 @@ class Plan(NamedTuple):
     "What is measured: sums and kernels of sizes (h, l, n), convolutions and blocks (b, h, l), steps (b, h)."
     rounds: int = 5
     slice_ms: float = 20.0      # what is shorter is repeated within its turn
+    spectra: tuple = ((64, 4096, 64),)
     sums: tuple = ((128, 1024, 64), (64, 4096, 64), (32, 16384, 64), (64, 4096, 16), (64, 4096, 256))
     kernels: tuple = ((64, 1024, 64), (64, 4096, 64), (256, 4096, 64))
     convolutions: tuple = ((8, 128, 1024), (8, 128, 4096), (2, 128, 16384))
@@ -57,72 +61,18 @@ class Plan(NamedTuple):
                           for size in ((1024, 64), (4096, 64), (16384, 16), (16384, 64), (16384, 256)))
     lengths: tuple = (256, 1024, 4096, 16384)
     measures: tuple = ("legs", "legt", "fourier")
+    reach: tuple = (2**14, 64, (256, 1024, 4096, 16384), 10.0)    # tokens, h, lengths, seconds that a run may take
+    profile: tuple = (2, 128, 4096)
+    compiled: tuple | None = None    # the block (b, h, l) that is tried with a compiler, and in bfloat16, too
 
 
-QUICK = Plan(1, 0.1, ((2, 64, 8),), ((2, 64, 8),), ((2, 2, 64),), (2, 4, 32), ((2, 4, 32),), ((2, 4),),
-             (("torch", "S4D", 4, 64, 8),), (64,), ("legs",))
-
-
-# ---- time ------------------------------------------------------------------------------------------------------------
-class Case(NamedTuple):
-    "Ways to one result, {name: function without arguments}; the others are compared with `base`."
-    what: str
-    ways: dict
-    base: str
-    size: dict
-
-
-def clock(run, repeats, device):
-    "Milliseconds of one run: of the process, summed over its threads (CPU only), and on the wall."
-    def now():
-        if device == "cuda": torch.cuda.synchronize()
-        return {**({"cpu": time.process_time()} if device == "cpu" else {}), "wall": time.perf_counter()}
-    start = now()
-    for _ in range(repeats): run()
-    return {k: 1e3 * (t - start[k]) / repeats for k, t in now().items()}
-
-
-def digits(x): return float(f"{x:.3g}")
-
-
-def in_turns(ways, plan, device):
-    "{way: {clock: median ms}}: in every round each way has its turn."
-    repeats = {}
-    for name, run in ways.items():
-        clock(run, 1, device)                                    # tables, compilations, memory
-        repeats[name] = max(1, min(1000, int(plan.slice_ms / clock(run, 1, device)["wall"])))
-    rounds = [{name: clock(run, repeats[name], device) for name, run in ways.items()} for _ in range(plan.rounds)]
-    return {name: {k: digits(median(r[name][k] for r in rounds)) for k in rounds[0][name]} for name in ways}
-
-
-def measure(case, plan, device):
-    "The row of a case: times, and how many times faster than the base each other way is."
-    title = f"{case.what}, " + " ".join(f"{k}={n}" for k, n in case.size.items())
-    ms = in_turns(case.ways, plan, device)
-    faster = {n: {k: digits(ms[case.base][k] / t) for k, t in of.items()} for n, of in ms.items() if n != case.base}
-    goal = {"goal": FASTER[title]} if device == "cpu" and "native" in faster and title in FASTER else {}
-    return {"title": title, "what": case.what, **case.size, "base": case.base, "ms": ms, "faster": faster, **goal}
-
-
-def timed(cases):
-    "The rows of a table of cases."
-    return lambda plan, device, names: (measure(case, plan, device) for case in cases(plan, device, names))
-
-
-def forward(f):
-    with torch.no_grad(): return f()
-
-
-def backward(f, leaves):
-    y = f()
-    return torch.autograd.grad(y, leaves, torch.ones_like(y))
-
-
-def passes(what, functions, base, only_both=False, **size):
-    "Cases of forward and of forward + backward; functions: {name: (function, leaves that want gradients)}."
-    if not only_both:
-        yield Case(f"{what}, forward", {n: partial(forward, f) for n, (f, _) in functions.items()}, base, size)
-    yield Case(f"{what}, {BOTH}", {n: partial(backward, f, leaves) for n, (f, leaves) in functions.items()}, base, size)
+QUICK = Plan(1, 0.1, ((2, 64, 8),), ((2, 64, 8),), ((2, 64, 8),), ((2, 2, 64),), (2, 4, 32), ((2, 4, 32),), ((2, 4),),
+             (("torch", "S4D", 4, 64, 8),), (64,), ("legs",), (128, 4, (32, 128), 10.0), (2, 4, 64))
+WIDE = ((256, 1024, 64), (256, 4096, 64), (256, 16384, 64))
+BATCHES = tuple((16, 256, L) for L in (1024, 4096, 16384))
+GPU = Plan(spectra=WIDE, sums=(*WIDE, (256, 4096, 16), (256, 4096, 256)), kernels=WIDE, convolutions=BATCHES,
+           parts=BATCHES[-1], blocks=BATCHES, reach=(2**18, 256, (2**10, 2**12, 2**14, 2**16, 2**18), 10.0),
+           profile=BATCHES[-1], compiled=BATCHES[-1])
 
 
 # ---- what is timed ---------------------------------------------------------------------------------------------------
@@ -148,14 +98,28 @@ def kernels(kind, names, H, L, N, device):
     return {b: (lambda k=k: k(L)[0], list(k.parameters())) for b, k in made.items()}
 
 
+def base_of(device):
+    "What ways are compared with: on a GPU plain torch, as tables of all pairs may not fit there."
+    return "literal" if device == "cpu" else "torch"
+
+
+def spectra(names, H, L, N, device):
+    "{backend: (the spectrum of a DPLR kernel of rank 1, its four numerators and poles)}, for HiPPO-LegS."
+    w = sums("legs", H, L, N, device)["Vandermonde sum"][2].requires_grad_()
+    v = torch.randn(H, 2, 2, N // 2, dtype=w.dtype, device=device, requires_grad=True)
+    return {b: (partial(fast_spectrum, v, w, L, 1, torch.complex64, b), [v, w]) for b in names}
+
+
 def kernel_cases(plan, device, names):
+    base = base_of(device)
+    for H, L, N in plan.spectra: yield from passes("DPLR spectrum", spectra(names, H, L, N, device), base, H=H, L=L, N=N)
     for H, L, N in plan.sums:
         for what, (f, *leaves) in sums("legs", H, L, N, device).items():
             for x in leaves: x.requires_grad_()
-            yield from passes(what, {b: (partial(f, *leaves, b), leaves) for b in names}, "literal", H=H, L=L, N=N)
+            yield from passes(what, {b: (partial(f, *leaves, b), leaves) for b in names}, base, H=H, L=L, N=N)
     for H, L, N in plan.kernels:
         for kind in KINDS:
-            yield from passes(f"{kind} kernel", kernels(kind, names, H, L, N, device), "literal", H=H, L=L, N=N)
+            yield from passes(f"{kind} kernel", kernels(kind, names, H, L, N, device), base, H=H, L=L, N=N)
 
 
 def convolution_cases(plan, device, names):
@@ -187,12 +151,24 @@ def block_cases(plan, device, names):
         def ways(run, modules): return {n: (partial(run, m), [u, *m.parameters()]) for n, m in modules.items()}
         def ours(m): return m(u, return_state=False)[0]
         blocks = {kind: {b: make_block(kind, b, H, device, l_max=L) for b in names} for kind in KINDS}
-        for kind in KINDS: yield from passes(f"{kind} block", ways(ours, blocks[kind]), "literal", True, B=B, H=H, L=L)
+        for kind in KINDS:
+            more = variants(blocks[kind][names[0]], u) if (B, H, L) == plan.compiled else {}
+            of = ways(ours, blocks[kind]) | more
+            yield from passes(f"{kind} block", of, base_of(device), True, B=B, H=H, L=L)
         best = {kind: blocks[kind][names[0]] for kind in KINDS}
         best["S4 without l_max"] = make_block("S4", names[0], H, device)
         lstm, attention = torch.nn.LSTM(H, H, batch_first=True).to(device), Attention(H).to(device)
         others = ways(lambda m: m(u)[0], {"LSTM": lstm}) | ways(lambda m: m(u), {"attention": attention})
         yield from passes("equal width", ways(ours, best) | others, "attention", True, B=B, H=H, L=L)
+
+
+def variants(block, u):
+    "More ways to run the best block: its pointwise parts fused by a compiler, activations in bfloat16, and both."
+    def half(run):
+        with torch.autocast(u.device.type, torch.bfloat16): return run(u.to(torch.bfloat16), return_state=False)[0]
+    compiled, leaves = torch.compile(block), [u, *block.parameters()]
+    return {"compiled": (lambda: compiled(u, return_state=False)[0], leaves),
+            "bfloat16": (partial(half, block), leaves), "compiled, bfloat16": (partial(half, compiled), leaves)}
 
 
 def step_cases(plan, device, names):
@@ -240,7 +216,7 @@ def peak(backend, kind, H, L, N, device):
     return dict(zip(("peak_mb", "floor_mb", "saved_mb", "output_mb"), sizes))
 
 
-def memory_rows(plan, device, names):
+def memory_rows(plan, device, names, rates):
     "Peak memory, each in a process of its own."
     child = "import sys, json; from s4nb.bench import peak; print(json.dumps(peak(*json.loads(sys.argv[1]))))"
     for way in [way for way in plan.memory if way[0] in names]:
@@ -273,7 +249,7 @@ def kernel_error(measure, L, backend, device):
     return worst(kernel(L)[0][0], krylov(*discrete_real(Lambda, P, B, dt), 2 * torch.cat([C.real, -C.imag], -1), L))
 
 
-def accuracy_rows(plan, device, names):
+def accuracy_rows(plan, device, names, rates):
     "complex64 against the literal formula in complex128 with the same arguments; N = 64, the worst of 8 step sizes."
     for measure, L in [(m, L) for m in plan.measures for L in plan.lengths]:
         for what, (f, *leaves) in sums(measure, 8, L, 64, device).items():
@@ -288,19 +264,24 @@ def accuracy_rows(plan, device, names):
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 TABLES = {"kernel": timed(kernel_cases), "convolution": timed(convolution_cases), "block": timed(block_cases),
-          "step": timed(step_cases), "memory": memory_rows, "accuracy": accuracy_rows}
+          "step": timed(step_cases), "memory": memory_rows, "accuracy": accuracy_rows,
+          "length": length_rows, "profile": profile_rows}
 
 
 def verdict(goal, reached): return f" (goal {goal:g}: {'reached' if reached else 'NOT reached'})"
 
 
+def judged(row, device):
+    "The row with its goals, if it has any: how many times faster than the base, and what share of the floor."
+    faster = FASTER if device == "cpu" else FASTER_ON_GPU
+    goals = {"goal": faster.get(row["title"]), "floor_goal": OF_FLOOR.get(row["title"]) if device == "cuda" else None}
+    return row | {k: x for k, x in goals.items() if x is not None and "native" in row["ms"]}
+
+
 def line(row):
     "One row as text, with its goals. Of the ratios of CPU time and of wall time the lower one counts."
-    if "ms" in row:
-        least = {n: min(of.values()) for n, of in row["faster"].items()}
-        said = {n: verdict(row["goal"], least[n] >= row["goal"]) for n in least if n == "native" and "goal" in row}
-        base, ways = row["base"], [f"{n} {x:g}x{said.get(n, '')}" for n, x in least.items()]
-        return f"{row['title']:58} " + "  ".join([f"{base} {row['ms'][base]['wall']:g} ms", *ways])
+    if "ms" in row: return line_of_times(row)
+    if "layer" in row: return text_of(row)
     if "peak_mb" in row:
         text = ("{kernel:4} {backend:8} H={H:<4} L={L:<6} N={N:<4} peak {peak_mb:>6g} MB"
                 "  saved {saved_mb:>8g} MB  output {output_mb:g} MB").format(**row)
@@ -308,6 +289,20 @@ def line(row):
     asked, errors = row["what"] != "S4 kernel" and row["backend"] != "literal", [k for k in MOST if k in row]
     text = "  ".join(f"{k} {row[k]:.1e}" + (verdict(MOST[k], row[k] <= MOST[k]) if asked else "") for k in errors)
     return f"{row['what']:16} {row['measure']:8} L={row['L']:<6} {row['backend']:8} {text}"
+
+
+def line_of_times(row):
+    "A row of times: the base, each way's ratio to it, the floor and the shares of it, and what failed."
+    least = {n: min(of.values()) for n, of in row["faster"].items()}
+    said = {n: verdict(row["goal"], x >= row["goal"]) for n, x in least.items() if n == "native" and "goal" in row}
+    base, ways = row["base"], [f"{n} {x:g}x{said.get(n, '')}" for n, x in least.items()]
+    parts = [f"{base} {row['ms'][base]['wall']:g} ms" if base in row["ms"] else f"{base} failed", *ways]
+    if "floor_ms" in row:
+        shares = "  ".join(f"{n} {100 * x:.0f} %" for n, x in row["of_floor"].items())
+        parts.append(f"floor {row['floor_ms']:g} ms: {shares}")
+    if "floor_goal" in row: parts[-1] += verdict(row["floor_goal"], row["of_floor"].get("native", 0) >= row["floor_goal"])
+    parts += [f"{n}: no {what} ({why})" for n, of in row.get("failed", {}).items() for what, why in of.items()]
+    return f"{row['title']:58} " + "  ".join(parts)
 
 
 def instruction_set():
@@ -319,32 +314,49 @@ def instruction_set():
     return name().decode()
 
 
-def bench(tables, plan, device, threads=None, keops=False):
-    "Measure the named tables, print each row as it comes, return the card."
+def found_backends(device, keops):
+    "Those that work on the device, the best first; says why the others don't."
     asked = [b for b in PREFERENCE[device] if b != "keops" or keops]
     states = {b: next((s for op in LITERAL if (s := usable(op, b, device)) != "ok"), "ok") for b in asked}
-    names = [b for b in asked if states[b] == "ok"]
+    for b in asked:
+        if states[b] != "ok": print(f"without {b}: {states[b]}")
+    return [b for b in asked if states[b] == "ok"]
+
+
+def bench(tables, plan, device, threads=None, keops=False, keep=lambda card: None):
+    "Measure the named tables, print each row as it comes, return the card; `keep` gets what there is after each table."
     machine, before = processor() if device == "cpu" else torch.cuda.get_device_name(), torch.get_num_threads()
-    used = {t: threads or (before if t == "block" else 1) for t in tables}
+    used = {t: threads or (before if t in MANY_THREADS else 1) for t in tables}
+    print(f"{machine}; compiled CPU kernels: {instruction_set()}; in turns, medians of {plan.rounds}")
+    names = found_backends(device, keops)
+    rates, found = measured_rates(device, plan == QUICK) if device == "cuda" or plan == QUICK else (None, {})
     card = {"name": "kernels", "state": "measured", "command": "s4nb bench", "seed": 0, "device": machine,
-            "instruction_set": instruction_set(), "threads": used, "backends": names, "commit": commit(),
+            "instruction_set": instruction_set(), "threads": used, "backends": names, "rates": found, "commit": commit(),
             "versions": versions()}
-    print(f"{machine}; compiled CPU kernels: {card['instruction_set']}; in turns, medians of {plan.rounds}")
-    for b in set(asked) - set(names): print(f"without {b}: {states[b]}")
+    for what, rate in found.items():
+        print(f"{what}: {rate / 1e9:g} G {'bytes' if what == 'copies' else 'multiply-adds'} a second")
     with literal_sums():
         for table in tables:
             print(f"\n{table}, {used[table]} thread(s)")
             torch.set_num_threads(used[table])
             card[table] = []
-            for row in TABLES[table](plan, device, [*names, "literal"]):
-                print(line(row), flush=True)
-                card[table].append(row)
+            for row in TABLES[table](plan, device, [*names, "literal"], rates):
+                card[table].append(judged(row, device) if "ms" in row else row)
+                print(line(card[table][-1]), flush=True)
+            keep(card)
     torch.set_num_threads(before)
     return card
 
 
+def failed(card):
+    "Titles of what should have run and did not; a way without memory or without a graph is no failure."
+    rows = [row for table in TABLES for row in card.get(table, []) if "failed" in row]
+    said = {row["title"]: [of["run"] for of in row["failed"].values() if "run" in of] for row in rows}
+    return [title for title, reasons in said.items() if any("out of memory" not in why for why in reasons)]
+
+
 def main(arguments=None):
-    "`s4nb bench`: measure, print the tables, write card.json."
+    "`s4nb bench`: measure, print the tables, write card.json; returns 1 if something failed that should have run."
     parser = argparse.ArgumentParser("s4nb bench", description=__doc__)
     parser.add_argument("--only", action="append", metavar="TABLE", help=f"repeat for more: {', '.join(TABLES)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? The numbers mean nothing")
@@ -355,11 +367,15 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     state = "trial" if given.quick or given.only else "measured"
     here = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    tables = [one_of("table of s4nb bench", t, TABLES) for t in given.only or TABLES]
+    tables, broken = [one_of("table of s4nb bench", t, TABLES) for t in given.only or TABLES], []
     for device in [one_of("device of s4nb bench", given.device, here)] if given.device else here:
-        card = bench(tables, QUICK if given.quick else Plan(), device, given.threads, given.keops) | {"state": state}
         folder = Path(given.out or f"results/{'tmp/' * (state == 'trial')}kernels")
         if device == "cuda": folder = folder.with_name(f"{folder.name}-cuda")
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"\n{save_card(folder, card)}")
-    return 0
+        plan = QUICK if given.quick else Plan() if device == "cpu" else GPU
+        def keep(card, folder=folder): save_card(folder, card | {"state": "partial"})
+        card = bench(tables, plan, device, given.threads, given.keops, keep)
+        print(f"\n{save_card(folder, card | {'state': state})}")
+        broken += failed(card)
+    for title in broken: print(f"failed: {title}")
+    return 1 if broken else 0

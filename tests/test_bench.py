@@ -1,16 +1,26 @@
 "`s4nb bench`: all of it runs at tiny sizes, the card has what the book draws, mistakes are one line. No time is asserted."
+import importlib.util
 import json
 import re
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from s4nb.baselines import LITERAL, Attention, fft_conv, literal_sums
-from s4nb.bench import FASTER, QUICK, TABLES, Case, Plan, bench, clock, in_turns, line, measure, sums
+from s4nb import bench_lengths, bench_time
+from s4nb.bench import FASTER, FASTER_ON_GPU, GPU, OF_FLOOR, QUICK, TABLES, Plan, bench, failed, judged, line, sums
+from s4nb.bench_lengths import PRECISIONS, over_lengths, part_of, text_of
+from s4nb.bench_rates import measured_rates
+from s4nb.bench_time import SLOTS, Case, Rates, clock, floor_ms, in_turns, measure, work_of
 from s4nb.ops.cauchy_sum import OPS, usable
 from s4nb.ops.convolution import long_conv
 from s4nb.training.record import load_card
 from s4nb.training.run import main
+
+
+FLOORED = ("convolution", "S4 block", "S4D block", *SLOTS)
 
 
 def test_the_whole_in_small(tmp_path, capsys):
@@ -26,6 +36,11 @@ def test_the_whole_in_small(tmp_path, capsys):
         assert all(0 < x < float("inf") for x in numbers)
     assert all(row["peak_mb"] > 0 and row["saved_mb"] > 0 for row in card["memory"])
     assert all(0 < row["forward"] < 1e-4 for row in card["accuracy"] if row["backend"] != "literal")
+    timed = [row for t in ("kernel", "convolution", "block") for row in card[t] if row["what"].partition(",")[0] in FLOORED]
+    assert timed and all(row["floor_ms"] > 0 and set(row["of_floor"]) == set(row["ms"]) for row in timed)
+    reached = {(row["layer"], row["L"]) for row in card["length"] if row["precision"] == "float32"}
+    assert reached == {(name, L) for name in bench_lengths.LAYERS for L in QUICK.reach[2]}
+    assert all(sum(row["part_ms"].values()) > 0 and row["part_ms"]["kernel"] > 0 for row in card["profile"])
     assert not re.search(r"/(work|tmp|home|root)/|20\d\d-\d\d", json.dumps(card))
 
 
@@ -55,6 +70,9 @@ def test_goals_are_measured_and_judged():
     planned |= {t for k in ("S4", "S4D") for t in titles(f"{k} block, {both}", plan.blocks, ("B", "H", "L"))}
     planned |= {t for k in ("S4 ", "S4D ") for w in ("step", "block step") for t in titles(k + w, plan.steps, ("B", "H"))}
     assert set(FASTER) <= planned
+    wide = titles("DPLR spectrum, forward", GPU.spectra, "HLN") | titles("Vandermonde sum, forward", GPU.sums, "HLN")
+    assert set(OF_FLOOR) <= wide
+    assert set(FASTER_ON_GPU) <= {t for k in ("S4", "S4D") for t in titles(f"{k} block, {both}", GPU.blocks, "BHL")}
     times = {"cpu": 8.0, "wall": 9.0}
     row = {"title": "x", "base": "literal", "goal": 4, "ms": {"literal": times, "native": times}}
     assert "(goal 4: reached)" in line({**row, "faster": {"native": {"cpu": 4.0, "wall": 4.5}}})
@@ -98,3 +116,107 @@ def test_a_plan_without_compiled_kernels(capsys, monkeypatch):
     card = bench(["step"], QUICK, "cpu")
     assert "without native: no compiler" in capsys.readouterr().out
     assert card["backends"] == ["torch"] and all(set(row["ms"]) == {"torch"} for row in card["step"])
+
+
+# ---- floors ----------------------------------------------------------------------------------------------------------
+def test_floors():
+    "The published estimates for a GPU of 132 x 128 x 1.98 GHz and 4.3 TB/s: H = 256, N = 64, L = 16384, in microseconds."
+    gpu, size = Rates(132 * 128 * 1.98e9, 4.3e12), {"H": 256, "L": 16384}
+    for what, expected in {"DPLR spectrum": 44, "Cauchy sum": 20, "Vandermonde sum": 8.0}.items():
+        assert 1e3 * floor_ms(work_of(what, False, **size), gpu) == pytest.approx(expected, rel=0.03)
+    assert 1e3 * floor_ms(work_of("Vandermonde sum", True, **size), gpu) == pytest.approx(8 + 16, rel=0.03)
+    assert 1e3 * floor_ms(work_of("convolution", False, B=16, **size), gpu) == pytest.approx(125, rel=0.01)
+    fma, moved = work_of("S4 block", False, B=16, **size)
+    assert fma > 2 * 16 * 16384 * 256**2 and moved == 8 * 16 * 16384 * 256
+    assert work_of("LSTM", False, **size) is None
+    rates, found = measured_rates("cpu", quick=True)
+    assert 1e8 < rates.fma < 1e13 and 1e8 < rates.bytes < 1e13 and set(found) == {"matrices", "copies"}
+
+
+def test_shares_of_the_floor_are_judged():
+    case = Case("DPLR spectrum, forward", {"native": lambda: None}, "torch", {"H": 256, "L": 16384, "N": 64}, (1e9, 1.0))
+    row = judged(measure(case, QUICK, "cpu", Rates(1e12, 1e12)), "cuda")
+    assert row["floor_ms"] == 1.0 and row["floor_goal"] == 0.6 and row["of_floor"]["native"] > 1 and row["faster"] == {}
+    assert line(row).endswith("(goal 0.6: reached)") and "torch failed" in line(row)
+    assert line(row | {"of_floor": {"native": 0.59}}).endswith("native 59 % (goal 0.6: NOT reached)")
+    assert "floor_goal" not in judged(measure(case, QUICK, "cpu", Rates(1e12, 1e12)), "cpu")
+
+
+# ---- what only a GPU does, without one -------------------------------------------------------------------------------
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    "torch.cuda as far as the clocks use it: what is captured is called again by each replay; some calls cannot be."
+    class Graph:
+        def replay(self): self.call()
+
+    @contextmanager
+    def graph(g):
+        calls = []
+        monkeypatch.setattr(torch.cuda, "capturing", calls, raising=False)
+        yield
+        if "refused" in calls: raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        g.call = lambda: None
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"synchronize": lambda: None, "Stream": lambda: stream, "current_stream": lambda: stream,
+                        "stream": lambda s: nullcontext(), "CUDAGraph": Graph, "graph": graph, "capturing": []}.items():
+        monkeypatch.setattr(torch.cuda, name, value, raising=False)
+
+
+def test_ways_on_a_gpu(pretended_gpu):
+    def out_of_memory(): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nfree: 1 GiB")
+    def broken(): raise RuntimeError("no kernel image is available")
+    ways = {"good": lambda: torch.ones(3), "uncaptured": lambda: torch.cuda.capturing.append("refused"),
+            "large": out_of_memory, "broken": broken}
+    ms, told = in_turns(ways, QUICK, "cuda")
+    assert set(ms["good"]) == {"wall", "graph"} and set(ms["uncaptured"]) == {"wall"} and set(ms) == {"good", "uncaptured"}
+    assert told == {"uncaptured": {"graph": "operation not permitted when stream is capturing"},
+                    "large": {"run": "CUDA out of memory. Tried to allocate 3 GiB"},
+                    "broken": {"run": "no kernel image is available"}}
+    row = measure(Case("x", ways, "good", {"L": 1}), QUICK, "cuda")
+    assert "broken: no run (no kernel image is available)" in line(row) and set(row["faster"]) == {"uncaptured"}
+    assert failed({"kernel": [row]}) == ["x, L=1"]
+    row["failed"].pop("broken")
+    assert failed({"kernel": [row], "block": [{"title": "y"}]}) == []
+    row = measure(Case("x", ways, "large", {"L": 1}), QUICK, "cuda")
+    assert row["faster"] == {} and "large failed" in line(row)
+
+
+# ---- lengths and parts -----------------------------------------------------------------------------------------------
+def test_a_layer_ends_where_it_takes_too_long(monkeypatch):
+    seconds = iter([1.0, 4.0, 15.0, 1e9])
+    monkeypatch.setattr(bench_lengths, "timed_runs", lambda *_: {"wall": 1e3 * next(seconds)})
+    plan = Plan(reach=(64, 2, (8, 16, 32, 64), 20.0))
+    *rows, last = over_lengths("LSTM", "float32", "torch", plan, "cpu")
+    assert [(r["B"], r["L"], r["pass_ms"]["wall"]) for r in rows] == [(8, 8, 1e3), (4, 16, 4e3), (2, 32, 15e3)]
+    assert last["L"] == 64 and last["left_out"] == "would take about 56 s, after 15.0 s" and "56 s" in text_of(last)
+    def no_memory(*_): raise torch.OutOfMemoryError("no memory")
+    monkeypatch.setattr(bench_lengths, "timed_runs", no_memory)
+    assert [row["left_out"] for row in over_lengths("S4D", "float32", "torch", plan, "cpu")] == ["no memory"]
+
+
+def test_parts_by_their_names():
+    names = {"void s4nb::cuda::spectrum_kernel<float, 4>": "kernel", "s4nb::vandermonde": "kernel",
+             "cauchy_backward_kernel": "kernel", "void vector_fft<32768u>": "FFT", "aten::_fft_r2c": "FFT",
+             "sm90_xmma_gemm_f32f32_tf32f32_f32": "matrix products", "aten::addmm": "matrix products",
+             "void at::native::vectorized_elementwise_kernel<4>": "pointwise", "triton_poi_fused_gelu_0": "pointwise"}
+    assert {name: part_of(name) for name in names} == names
+
+
+def test_output_and_gradients_of_a_pass():
+    for name in bench_lengths.LAYERS:
+        grads = bench_lengths.training_pass(name, "torch", 2, 4, 16, PRECISIONS["float32"], "cpu")()
+        assert grads[0].shape == (2, 16, 4) and all(g is None or g.isfinite().all() for g in grads), name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_chains_are_multiply_adds():
+    "Compiled for a GPU that is not there: 16 steps of 8 chains a thread, and no other arithmetic on floats."
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from s4nb.bench_triton import chains
+    if not isinstance(chains, triton.JITFunction): pytest.skip("Triton interprets here")
+    types = {"x_ptr": "*fp32", "a": "fp32", "b": "fp32", "steps": "i32", "BLOCK": "constexpr"}
+    text = triton.compile(ASTSource(chains, types, {"BLOCK": 1024}), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert text.count("fma.rn.f32") == 128 and "mul.f32" not in text and "add.f32" not in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s4nb import bench_training
-from s4nb.bench_training import PLAN, QUICK, Size, compared, described, line, training_step, with_sums
+from s4nb.bench_training import GPU, PLAN, QUICK, Size, compared, described, line, training_step, turns, with_sums
 from s4nb.baselines import literal_sums
 from s4nb.training.record import load_card
 
@@ -44,12 +44,31 @@ def test_the_ways_take_the_same_steps(size):
     assert len(set(losses["torch"])) == 3 and losses["torch"] == pytest.approx(losses["naive"], rel=1e-4)
 
 
+def test_the_published_models_of_a_gpu():
+    "All of them, small, in every way that a CPU knows: the sizes of the plan are the published ones."
+    assert all(described(size)["published"] == {} for size in GPU.turns) and len(GPU.turns) == 8 and not GPU.apart
+    for size in GPU.turns:
+        row = turns(Size(size.experiment, 1, 2, 4, 64), ("torch", "torch, bfloat16", "naive"), 1)
+        assert set(row["ms"]) == {"torch", "torch, bfloat16", "naive"} and "failed" not in row, size
+
+
+def test_what_cannot_be_run_is_told(monkeypatch):
+    def step(size, way, device="cpu"):
+        if way == "naive": raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return lambda: 0.0
+    monkeypatch.setattr(bench_training, "training_step", step)
+    row = turns(Size("lra-cifar"), ("torch", "naive"), 1)
+    assert row["failed"] == {"naive": "CUDA out of memory."} and set(row["ms"]) == {"torch"} and row["faster"] == {}
+    assert line(row).endswith("naive: CUDA out of memory.")
+
+
 def test_only_some_and_a_mistake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert bench_training.main(["--quick", "--only", "lra-pathx"]) == 0
     card = load_card(tmp_path / "results/tmp/training")
     assert card["turns"] == card["apart"] == [] and len(card["alone"]) == 1
-    with pytest.raises(ValueError, match="did you mean 'lra-cifar'"): bench_training.main(["--only", "cifar"])
+    with pytest.raises(ValueError, match="did you mean 'lra-cifar'"): bench_training.main(["--only", "lra-cifer"])
+    with pytest.raises(ValueError, match="did you mean 'cpu'"): bench_training.main(["--device", "tpu"])
 
 
 def test_the_plan_is_of_published_models():

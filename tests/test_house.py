@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 
 # Engineering that derives nothing is written by hand; each with the notebook's module before which it may be imported.
 HANDMADE = {"build": None, "ops.native": "ops.cauchy_sum", "ops.triton_sums": "ops.cauchy_sum", "diagnose": "training.run",
-            "baselines": "training.run", "bench": "training.run", "bench_data": "training.run",
-            "bench_training": "training.run"}
+            **dict.fromkeys(["baselines", "bench_triton", "bench_time", "bench_rates", "bench_lengths", "bench", "bench_data",
+                             "bench_training"], "training.run")}
 CORE = ("hippo", "module", "ssm", "ops", "s4")  # torch and einops alone; names unique across them
 BIN = Path(sys.executable).parent
 
