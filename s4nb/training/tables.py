@@ -314,6 +314,21 @@ OURS += [
         AdamW(0.004, 0.01), CosineWarmup(300), 10, monitor="val/loss"),
 ]
 
+# %% ../../nbs/6_training/65_tables.ipynb #d7699cd2
+OURS += [
+    row("listops-128", "ours: ListOps as in lra-listops by four layers of 128, ten epochs, minutes of a GPU",
+        data("lra-listops", 32, bucket=20), stack(4, 128, S4Layer(4, bidirectional=True, lr=free_dt()), "batch/post"),
+        AdamW(0.01, 0.05), CosineWarmup(1_000), 10, goal=55.0),
+    row("image-s4d", "ours: CIFAR-10 in grey by four layers of S4D, thirty epochs, minutes of a GPU",
+        data("lra-cifar", 50),
+        stack(4, 128, S4DLayer(64, n_ssm=None, bidirectional=True, lr=all_at(1e-3)), "batch/pre", 0.1),
+        AdamW(0.01, 0.05), CosineWarmup(900), 30, goal=75.0),
+    row("pathfinder-short", "ours: Pathfinder at its hard level, images made here, a small S4, minutes of a GPU",
+        data("lra-pathfinder", 64, level="hard", n=200_000),
+        stack(4, 128, S4Layer(64, n_ssm=None, bidirectional=True, lr=all_at(1e-3)), "batch/pre"),
+        AdamW(0.004, 0.03), CosineWarmup(2_500), 12, goal=75.0),
+]
+
 # %% ../../nbs/6_training/65_tables.ipynb #39b1de2c
 OURS += [
     row("delay-small", "ours: shift a signal of 1000 steps by 250",
