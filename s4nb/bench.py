@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .baselines import LITERAL, Attention, fft_conv, literal_sums
-from .bench_lengths import length_rows, profile_rows, text_of
+from .bench_lengths import computing_in, length_rows, profile_rows, text_of
 from .bench_rates import measured_rates
 from .bench_time import BOTH, Case, digits, forward, passes, timed, title_of
 from .build import library
@@ -152,9 +152,10 @@ def block_cases(plan, device, names):
         def ours(m): return m(u, return_state=False)[0]
         blocks = {kind: {b: make_block(kind, b, H, device, l_max=L) for b in names} for kind in KINDS}
         for kind in KINDS:
-            more = variants(blocks[kind][names[0]], u) if (B, H, L) == plan.compiled else {}
-            of = ways(ours, blocks[kind]) | more
-            yield from passes(f"{kind} block", of, base_of(device), True, B=B, H=H, L=L)
+            yield from passes(f"{kind} block", ways(ours, blocks[kind]), base_of(device), True, B=B, H=H, L=L)
+            if (B, H, L) == plan.compiled:
+                size = {"B": B, "H": H, "L": L}
+                yield Case(f"{kind} block, variants", variants(blocks[kind][names[0]], u), "float32", size)
         best = {kind: blocks[kind][names[0]] for kind in KINDS}
         best["S4 without l_max"] = make_block("S4", names[0], H, device)
         lstm, attention = torch.nn.LSTM(H, H, batch_first=True).to(device), Attention(H).to(device)
@@ -163,12 +164,14 @@ def block_cases(plan, device, names):
 
 
 def variants(block, u):
-    "More ways to run the best block: its pointwise parts fused by a compiler, activations in bfloat16, and both."
-    def half(run):
-        with torch.autocast(u.device.type, torch.bfloat16): return run(u.to(torch.bfloat16), return_state=False)[0]
+    "More ways to run the best block: pointwise parts fused by a compiler, matrix products in TF32, all in bfloat16."
     compiled, leaves = torch.compile(block), [u, *block.parameters()]
-    return {"compiled": (lambda: compiled(u, return_state=False)[0], leaves),
-            "bfloat16": (partial(half, block), leaves), "compiled, bfloat16": (partial(half, compiled), leaves)}
+    def whole(run, precision):
+        with computing_in(precision, u.device.type):
+            y = run(u.to(torch.bfloat16) if precision == "bfloat16" else u, return_state=False)[0]
+            return torch.autograd.grad(y, leaves, torch.ones_like(y))
+    return {f"{precision}{', compiled' * (run is compiled)}": partial(whole, run, precision)
+            for run in (block, compiled) for precision in ("float32", "tf32", "bfloat16")}
 
 
 def step_cases(plan, device, names):

@@ -1,5 +1,6 @@
 """Layers of equal width from short to very long sequences, and where the time of one goes."""
 import time
+from contextlib import contextmanager
 from statistics import median
 
 import torch
@@ -11,7 +12,9 @@ from .s4.block import S4Block
 from .ssm.layer import SSMLayer
 from .ssm.lssl import LSSL
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}    # of activations; sums and FFTs stay float32
+PRECISIONS = {    # of matrix products and, in bfloat16, of activations; sums and FFTs stay float32
+    "cpu": ("float32", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16"),
+}
 PARTS = {    # of a block's time: words in the names of what ran; the first that fits
     "kernel": ("s4nb::", "cauchy", "spectrum_kernel", "woodbury", "slopes", "gradients_kernel", "vandermonde",
                "power_sums"),
@@ -26,6 +29,16 @@ LAYERS = {    # of width H for sequences of length L; N = 64
     "LSTM": lambda H, L, backend: torch.nn.LSTM(H, H, batch_first=True),
     "attention": lambda H, L, backend: Attention(H),
 }
+
+
+@contextmanager
+def computing_in(precision, device):
+    "Inside, layers compute in a precision of PRECISIONS."
+    before = torch.get_float32_matmul_precision()
+    try:
+        if precision == "tf32": torch.set_float32_matmul_precision("high")
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"): yield
+    finally: torch.set_float32_matmul_precision(before)
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------
@@ -49,8 +62,9 @@ def training_pass(name, backend, B, H, L, precision, device):
     layer, u = LAYERS[name](H, L, backend).to(device), torch.randn(B, L, H, device=device, requires_grad=True)
     leaves = [u, *(p for p in layer.parameters() if p.requires_grad)]
     def run():
-        with torch.autocast(u.device.type, precision, enabled=precision != torch.float32): y = output(layer, u)
-        return torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+        with computing_in(precision, device):
+            y = output(layer, u)
+            return torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
     return run
 
 
@@ -59,7 +73,7 @@ def length_rows(plan, device, names, rates):
 
     A layer whose next length would take longer than the seconds of the plan, time growing as it did last (at least
     as far as the length), ends there; so does one that cannot be run, as for want of memory. The row says why."""
-    for precision in PRECISIONS:
+    for precision in PRECISIONS[device]:
         for name in LAYERS: yield from over_lengths(name, precision, names[0], plan, device)
 
 
@@ -75,7 +89,7 @@ def over_lengths(name, precision, backend, plan, device):
             return
         if device == "cuda": torch.cuda.reset_peak_memory_stats()
         try:
-            run = training_pass(name, backend, row["B"], H, L, PRECISIONS[precision], device)
+            run = training_pass(name, backend, row["B"], H, L, precision, device)
             ms = timed_runs(run, plan.rounds, seconds, device)
         except RuntimeError as error:
             yield row | {"left_out": first_line(error)}
@@ -107,9 +121,9 @@ def profiled(run, device, repeats=3):
 
 def profile_rows(plan, device, names, rates):
     "The time of a block, forward and backward, in parts: what makes its kernel, FFTs, matrix products, and all else."
-    for precision, dtype in PRECISIONS.items():
+    for precision in PRECISIONS[device]:
         for name in ("S4", "S4D"):
-            run = training_pass(name, names[0], *plan.profile, dtype, device)
+            run = training_pass(name, names[0], *plan.profile, precision, device)
             size = dict(zip(("B", "H", "L"), plan.profile))
             yield {"layer": name, "precision": precision, **size, "part_ms": profiled(run, device)}
 

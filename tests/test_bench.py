@@ -10,8 +10,9 @@ import torch
 
 from s4nb.baselines import LITERAL, Attention, fft_conv, literal_sums
 from s4nb import bench_lengths, bench_time
-from s4nb.bench import FASTER, FASTER_ON_GPU, GPU, OF_FLOOR, QUICK, TABLES, Plan, bench, failed, judged, line, sums
-from s4nb.bench_lengths import PRECISIONS, over_lengths, part_of, text_of
+from s4nb.bench import (FASTER, FASTER_ON_GPU, GPU, OF_FLOOR, QUICK, TABLES, Plan, bench, failed, judged, line, make_block,
+                        sums, variants)
+from s4nb.bench_lengths import computing_in, over_lengths, part_of, text_of
 from s4nb.bench_rates import measured_rates
 from s4nb.bench_time import SLOTS, Case, Rates, clock, floor_ms, in_turns, measure, work_of
 from s4nb.ops.cauchy_sum import OPS, usable
@@ -204,8 +205,25 @@ def test_parts_by_their_names():
 
 def test_output_and_gradients_of_a_pass():
     for name in bench_lengths.LAYERS:
-        grads = bench_lengths.training_pass(name, "torch", 2, 4, 16, PRECISIONS["float32"], "cpu")()
+        grads = bench_lengths.training_pass(name, "torch", 2, 4, 16, "float32", "cpu")()
         assert grads[0].shape == (2, 16, 4) and all(g is None or g.isfinite().all() for g in grads), name
+
+
+def test_precisions_begin_and_end():
+    for precision, matmul, half in [("float32", "highest", False), ("tf32", "high", False), ("bfloat16", "highest", True)]:
+        with computing_in(precision, "cpu"):
+            assert torch.get_float32_matmul_precision() == matmul and torch.is_autocast_enabled("cpu") == half
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+
+
+def test_variants_of_a_block(monkeypatch):
+    "With a compiler that compiles nothing: each gives the gradients of the block, to its own precision."
+    monkeypatch.setattr(torch, "compile", lambda module: module.forward)
+    u, block = torch.randn(2, 64, 4, requires_grad=True), make_block("S4D", "torch", 4, "cpu")
+    found = {name: run()[0] for name, run in variants(block, u).items()}
+    assert set(found) == {p + c for p in ("float32", "tf32", "bfloat16") for c in ("", ", compiled")}
+    want = found["float32"]
+    for name, du in found.items(): assert (du - want).norm() <= (2e-2 if "bfloat16" in name else 1e-6) * want.norm(), name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

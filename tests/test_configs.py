@@ -194,7 +194,8 @@ def test_the_monitor_says_which_way_is_up():
     (lambda: Trainer(max_steps=-5), "trainer.max_steps"), (lambda: Trainer(max_epochs=-1), "a run without end"),
     (lambda: Trainer(limit_train_batches=0), "trainer.limit_train_batches is a number of batches"),
     (lambda: Trainer(limit_val_batches=1.5), "share of them"), (lambda: Trainer(limit_test_batches="x"), "share of them, got 'x'|got 'x'"),
-    (lambda: Trainer(precision="bf17"), "unknown trainer.precision 'bf17'"), (lambda: Trainer(gradient_clip_val=-1.0), "gradient_clip_val"),
+    (lambda: Trainer(precision="bf17"), "unknown trainer.precision 'bf17'"), (lambda: Trainer(matmul="exact"), "unknown trainer.matmul 'exact'"),
+    (lambda: Trainer(gradient_clip_val=-1.0), "gradient_clip_val"),
     (lambda: Trainer(gradient_clip_algorithm="hard"), "gradient_clip_algorithm"), (lambda: Trainer(threads=0), "trainer.threads"),
     (lambda: Trainer(accumulate_grad_batches=0), "accumulate_grad_batches"), (lambda: Trainer(check_val_every_n_epoch=0), "check_val_every"),
     (lambda: Train(chunk=0), "train.chunk"), (lambda: Train(context=-1), "train.context"), (lambda: Train(checkpoint_minutes=-1), "minutes"),
@@ -228,6 +229,17 @@ def test_what_does_not_go_together_ends_before_the_data_are_read(override, messa
     monkeypatch.setattr(DataModule, "prepare", lambda self: pytest.fail("the data were prepared"))
     with pytest.raises(ValueError, match=message):
         build(experiment(*COPYING, override))
+
+
+@pytest.mark.parametrize("matmul, after", [("null", "medium"), ("highest", "highest"), ("high", "high")])
+def test_exactness_of_matrix_products(matmul, after):
+    "As the experiment says, and without a word what torch was told before."
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        build(experiment(*COPYING, f"trainer.matmul={matmul}"))
+        assert torch.get_float32_matmul_precision() == after
+    finally: torch.set_float32_matmul_precision(before)
 
 
 def test_a_text_without_vocabulary_is_rehearsed_too(monkeypatch):

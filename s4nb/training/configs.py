@@ -247,7 +247,8 @@ def batch_limit(name, value):
 class Trainer:
     """Lightning's trainer. max_time is DD:HH:MM:SS; devices: auto, a number or a list of their numbers; limit_…: a whole
     number of batches, or a share; compile: torch.compile; sync_batchnorm: batch statistics over all devices; threads:
-    CPU threads of torch (null: its own choice)."""
+    CPU threads of torch; matmul: how exact float32 matrix products are, highest, high (TF32 on a GPU, for the mixing
+    layers; LSSL's kernels are products too) or medium (null: torch's own choice, for both)."""
     max_epochs: int = 40
     max_steps: int = -1
     max_time: Optional[str] = None
@@ -267,6 +268,7 @@ class Trainer:
     compile: bool = False
     sync_batchnorm: bool = True
     threads: Optional[int] = None
+    matmul: Optional[str] = None
     progress: bool = True
 
     def __post_init__(self):
@@ -283,6 +285,7 @@ class Trainer:
             raise ValueError(f"trainer.strategy={self.strategy} leaves the record in processes that end: use ddp, from "
                              "the command line")
         one_of("trainer.precision", self.precision, PRECISIONS)
+        one_of("trainer.matmul", self.matmul, (None, "highest", "high", "medium"))
         one_of("trainer.gradient_clip_algorithm", self.gradient_clip_algorithm, ("norm", "value", None))
 
 # %% ../../nbs/6_training/63_configs.ipynb #b9c9dac2

@@ -64,7 +64,7 @@ def every(steps, do):
     return lambda trainer, task, outputs, batch, index, *_: do() if index % steps == steps - 1 else None
 
 # %% ../../nbs/6_training/74_fit.ipynb #97f6aba2
-OURS = ("max_time", "compile", "sync_batchnorm", "threads", "progress")  # trainer settings that Lightning is not given
+OURS = ("max_time", "compile", "sync_batchnorm", "threads", "matmul", "progress")  # trainer settings that Lightning is not given
 
 
 def lightning(e, **more):
@@ -116,6 +116,8 @@ def build(e):
     "The data and the model of an Experiment, both seeded: (data, model). A value that does not fit → ValueError."
     if e.trainer.threads:
         torch.set_num_threads(e.trainer.threads)
+    if e.trainer.matmul:
+        torch.set_float32_matmul_precision(e.trainer.matmul)
     data = e.dataset.build()
     rehearse(e, data)
     data.prepare()
