@@ -5,7 +5,7 @@
 namespace s4nb { namespace S4NB_ISA {
 
 // ---- Sums of powers ------------------------------------------------------------------------------------------------
-// l = k N + j: e^{xl} = giant_k baby_j, k and j < N, from tables made by chains of products in double. A chain begins at
+// l = k N + j: e^{xl} = giant_k baby_j, k, j < N, from tables made by chains of products in double. A chain begins at
 // a power of e^x, a product of rungs of the ladder e^x, e^2x, e^4x, ...: a mode takes two exponentials in a block.
 constexpr int POWER_THREADS = 256, SEGMENTS = POWER_THREADS / WARP, SHARE = 16;
 template <class T> constexpr int SIDE = sizeof(T) == 4 ? 64 : 32;
@@ -136,7 +136,7 @@ template <bool REAL, bool MOMENTS, class T> __global__ void __launch_bounds__(PO
   __syncthreads();
   Complex<T> sum[MINE] = {}, moment[MINE] = {};
   if (segment * MINE * N < last)
-#pragma unroll(MOMENTS ? 2 : 4)
+#pragma unroll 4
     for (int j = 0; j < N; j++) {
       Complex<T> b = baby[j][lane], jb = {T(j) * b.re, T(j) * b.im};
 #pragma unroll
