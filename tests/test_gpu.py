@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 C64, C128 = torch.complex64, torch.complex128
 FORWARD, BACKWARD = {C64: 2e-6, C128: 1e-12}, {C64: 1e-5, C128: 1e-11}
-MODES, LENGTHS = (1, 2, 3, 31, 32, 33, 64, 128), (1, 2, 15, 16, 17, 513, 1000, 4097, 16384)
+MODES, LENGTHS = (1, 2, 3, 31, 32, 33, 64, 128), (1, 2, 15, 16, 17, 513, 1000, 4097, 16384, 16385)
 GRID = [(B, M, L) for B, M, L in itertools.product((1, 3, 257), MODES, LENGTHS) if B * M * L <= 3e6]
 EMPTY = [(0, 3, 4), (2, 0, 4), (2, 3, 0)]
 

@@ -5,10 +5,12 @@
 namespace s4nb { namespace S4NB_ISA {
 
 // ---- Sums of powers ------------------------------------------------------------------------------------------------
-// l = k SIDE + j: e^{xl} = giant_k baby_j, tables of SIDE entries for 32 modes at a time, by chains of products in
-// double from two exponentials for each mode and block. A block of 256 threads sees SIDE^2 positions.
-constexpr int POWER_THREADS = 256, SEGMENTS = POWER_THREADS / WARP;
+// l = k N + j: e^{xl} = giant_k baby_j, k, j < N, from tables made by chains of products in double. A chain begins at
+// a power of e^x, a product of rungs of the ladder e^x, e^2x, e^4x, ...: a mode takes two exponentials in a block.
+constexpr int POWER_THREADS = 256, SEGMENTS = POWER_THREADS / WARP, SHARE = 16;
 template <class T> constexpr int SIDE = sizeof(T) == 4 ? 64 : 32;
+template <int N> constexpr int LOG2 = 1 + LOG2<N / 2>;
+template <> constexpr int LOG2<1> = 0;
 
 __device__ inline Complex<double> exponential(Complex<double> x, double n) {
   if (n == 0) return {1, 0};  // for an infinite x, too
@@ -17,61 +19,72 @@ __device__ inline Complex<double> exponential(Complex<double> x, double n) {
   return {size * c, size * s};
 }
 
-__device__ inline Complex<double> power(Complex<double> z, int n) {
-  Complex<double> p = {1, 0};
-  for (; n; n /= 2, z = z * z) if (n % 2) p = p * z;
-  return p;
+// Rungs 0 .. TOP - 1 for 32 modes, and on top of them e^{x start} times scale(mode).
+template <int TOP, class F>
+__device__ void climb(Complex<double> (&ladder)[TOP + 1][WARP], const Complex<double>* x, int64_t first, int64_t modes,
+                      int64_t start, F scale) {
+  const int m = threadIdx.x % WARP, top = threadIdx.x / WARP;
+  if (top > 1 || first + m >= modes) return;
+  Complex<double> z = exponential(x[first + m], top ? double(start) : 1.0);
+  if (top) ladder[TOP][m] = scale(first + m) * z;
+  else
+#pragma unroll
+    for (int k = 0; k < TOP; k++, z = z * z) ladder[k][m] = z;
 }
 
-// e^x and e^{x start} of 32 modes; beyond the last mode zeros, so that they add nothing.
-__device__ inline void two_exponentials(Complex<double> (&table)[2][WARP], const Complex<double>* x, int64_t first,
-                                        int64_t modes, int64_t start) {
-  if (threadIdx.x < 2 * WARP) {
-    int m = threadIdx.x % WARP, which = threadIdx.x / WARP;
-    table[which][m] =
-        first + m < modes ? exponential(x[first + m], which ? double(start) : 1.0) : Complex<double>{0, 0};
-  }
+// The n-th power of what is on the first of the rungs. Those of bits that n lacks stay out: they may be infinite.
+template <int BITS> __device__ Complex<double> power(const Complex<double> (*rungs)[WARP], int m, int n) {
+  Complex<double> p = {1, 0};
+#pragma unroll
+  for (int k = 0; k < BITS; k++) if (n >> k & 1) p = p * rungs[k][m];
+  return p;
 }
 
 template <class T, bool REAL> struct Output { using type = T; };
 template <class T> struct Output<T, false> { using type = Complex<T>; };
 
-template <bool REAL, class T> __global__ void __launch_bounds__(POWER_THREADS)
+// A block sees N giants and N babies; a thread adds up TILE giants times every 16th baby, TILE of them. The tables hold
+// 16 modes at a time, and 16 threads make those of a mode. 8 x 8 sums are kept to the registers of two blocks.
+template <bool REAL, class T, int TILE> __global__ void __launch_bounds__(POWER_THREADS, TILE == 8 ? 2 : 0)
     vandermonde_kernel(const Complex<T>* v, const Complex<double>* x, typename Output<T, REAL>::type* out,
                        int64_t numerators, int64_t modes, int64_t L) {
-  constexpr int N = SIDE<T>, TILE = N / 16, PAD = 8, WIDE = 16 / int(sizeof(Complex<T>));  // WIDE: numbers in 16 bytes
-  __shared__ Complex<double> of_mode[2][WARP];
-  __shared__ __align__(16) Complex<T> baby[WARP][N + PAD], giant[WARP][N + PAD];
-  const int t = threadIdx.x, left = t / 16 * TILE, right = t % 16;
-  const int64_t tiles = pieces(L, N * N), start = blockIdx.x % tiles * (N * N),
-                row = blockIdx.x / tiles;  // row: (b, r)
-  const int64_t last = least(N * N, L - start);
+  constexpr int N = SHARE * TILE, BITS = LOG2<SHARE>, TOP = LOG2<N * N>, WIDE = 16 / int(sizeof(Complex<T>));
+  __shared__ Complex<double> ladder[TOP + 1][WARP];
+  __shared__ __align__(16) Complex<T> baby[SHARE][N], giant[SHARE][N];
+  auto place = [](int i, int thread) { return (i / WIDE * SHARE + thread) * WIDE + i % WIDE; };  // 16 bytes at a time
+  const int t = threadIdx.x, left = t / SHARE, right = t % SHARE;
+  const unsigned tiles = unsigned(pieces(L, N * N)), row = blockIdx.x / tiles;  // row: (b, r)
+  const int64_t start = int64_t(blockIdx.x % tiles) * (N * N);
   v += row * modes;
-  x += row / numerators * modes;
-  auto column = [&](int j) { return j / WIDE * 16 * WIDE + right * WIDE + j % WIDE; };
+  x += row / unsigned(numerators) * modes;
+  out += row * L + start + left * TILE * N + right;
+  const int room = int(least(N * N, L - start)) - left * TILE * N - right;
   Complex<T> sum[TILE][TILE] = {};
-  for (int64_t first = 0; first < modes; first += WARP) {
-    two_exponentials(of_mode, x, first, modes, start);
+  for (int64_t first = 0; first < modes; first += SHARE) {
+    if (first % WARP == 0)
+      climb<TOP>(ladder, x, first, modes, start, [&](int64_t m) {
+        Complex<double> V = cast<double>(v[m]);
+        return REAL ? V + V : V;
+      });
     __syncthreads();  // and the tables of the modes before have been used
     {
-      const int m = t / SEGMENTS, s = t % SEGMENTS;
-      Complex<double> z = of_mode[0][m], V = {0, 0};
-      if (first + m < modes) V = cast<double>(v[first + m]);
-      if (REAL) V = V + V;
-      Complex<double> leap = power(z, SEGMENTS), side = power(leap, N / SEGMENTS), entry = power(z, s);
-      for (int j = s; j < N; j += SEGMENTS, entry = entry * leap) baby[m][j] = cast<T>(entry);
-      leap = power(side, SEGMENTS);
-      entry = V * of_mode[1][m] * power(side, s);
-      for (int k = s; k < N && k * N < last; k += SEGMENTS, entry = entry * leap) giant[m][k] = cast<T>(entry);
+      const int m = int(first % WARP) + left;
+      Complex<double> leap = ladder[BITS][m], entry = power<BITS>(ladder, m, right);
+#pragma unroll
+      for (int j = 0; j < TILE; j++, entry = entry * leap) baby[left][place(j, right)] = cast<T>(entry);
+      leap = ladder[LOG2<N>][m];
+      entry = ladder[TOP][m] * power<BITS>(ladder + LOG2<N * TILE>, m, right);
+#pragma unroll
+      for (int i = 0; i < TILE; i++, entry = entry * leap) giant[left][place(i, right)] = cast<T>(entry);
     }
     __syncthreads();
-    const int here = int(least(WARP, modes - first));
-    if (left * N < last)
+    const int here = int(least(SHARE, modes - first));
+    if (room > 0)
 #pragma unroll 2
       for (int m = 0; m < here; m++) {
         Complex<T> a[TILE], b[TILE];
 #pragma unroll
-        for (int i = 0; i < TILE; i++) { a[i] = giant[m][left + i]; b[i] = baby[m][column(i)]; }
+        for (int i = 0; i < TILE; i++) { a[i] = giant[m][place(i, left)]; b[i] = baby[m][place(i, right)]; }
 #pragma unroll
         for (int i = 0; i < TILE; i++)
 #pragma unroll
@@ -86,10 +99,10 @@ template <bool REAL, class T> __global__ void __launch_bounds__(POWER_THREADS)
   for (int i = 0; i < TILE; i++)
 #pragma unroll
     for (int j = 0; j < TILE; j++) {
-      int64_t l = (left + i) * N + column(j);
-      if (l < last) {
-        if constexpr (REAL) out[row * L + start + l] = sum[i][j].re;
-        else out[row * L + start + l] = sum[i][j];
+      const int l = i * N + j * SHARE;
+      if (l < room) {
+        if constexpr (REAL) out[l] = sum[i][j].re;
+        else out[l] = sum[i][j];
       }
     }
 }
@@ -100,26 +113,30 @@ template <bool REAL, bool MOMENTS, class T> __global__ void __launch_bounds__(PO
     power_sums_kernel(const typename Output<T, REAL>::type* u, const Complex<double>* x, Complex<T>* out,
                       Complex<T>* second, Complex<double>* partial, int64_t numerators, int64_t modes, int64_t L) {
   constexpr int N = SIDE<T>, GIANTS = REAL ? N : N / 2, MINE = GIANTS / SEGMENTS;
+  constexpr int TOP = LOG2<GIANTS * N>;
   using U = typename Output<T, REAL>::type;
-  __shared__ Complex<double> of_mode[2][WARP];
+  __shared__ Complex<double> ladder[TOP + 1][WARP];
   __shared__ __align__(16) U input[GIANTS][N];
   __shared__ Complex<T> baby[N][WARP];
   __shared__ Complex<double> scratch[1 + MOMENTS][SEGMENTS][WARP];
   const int t = threadIdx.x, lane = t % WARP, segment = t / WARP;
-  const int64_t tiles = pieces(modes, WARP), chunks = pieces(L, GIANTS * N), first = blockIdx.x % tiles * WARP;
-  const int64_t cell = blockIdx.x / tiles, row = cell / chunks, start = cell % chunks * (GIANTS * N);
-  const int64_t last = least(GIANTS * N, L - start);
-  two_exponentials(of_mode, x + row / numerators * modes, first, modes, start);
-  for (int i = t; i < GIANTS * N; i += POWER_THREADS) input[i / N][i % N] = i < last ? u[row * L + start + i] : U{};
+  const unsigned tiles = unsigned(pieces(modes, WARP)), chunks = unsigned(pieces(L, GIANTS * N));
+  const unsigned cell = blockIdx.x / tiles, row = cell / chunks;
+  const int64_t first = int64_t(blockIdx.x % tiles) * WARP, start = int64_t(cell % chunks) * (GIANTS * N);
+  const int last = int(least(GIANTS * N, L - start));
+  climb<TOP>(ladder, x + row / unsigned(numerators) * modes, first, modes, start,
+             [](int64_t) { return Complex<double>{1, 0}; });
+  u += row * L + start;
+  for (int i = t; i < GIANTS * N; i += POWER_THREADS) input[i / N][i % N] = i < last ? u[i] : U{};
   __syncthreads();
-  Complex<double> z = of_mode[0][lane], leap = power(z, SEGMENTS), side = power(leap, N / SEGMENTS),
-                  entry = power(z, segment);
-  for (int j = segment; j < N; j += SEGMENTS, entry = entry * leap)  // powers beyond the last position may be infinite
-    baby[j][lane] = j < last ? cast<T>(entry) : Complex<T>{0, 0};
+  Complex<double> leap = ladder[LOG2<SEGMENTS>][lane], entry = power<LOG2<SEGMENTS>>(ladder, lane, segment);
+#pragma unroll
+  for (int i = 0; i < N; i += SEGMENTS, entry = entry * leap)  // powers beyond the last position may be infinite
+    baby[i + segment][lane] = i + segment < last ? cast<T>(entry) : Complex<T>{0, 0};
   __syncthreads();
   Complex<T> sum[MINE] = {}, moment[MINE] = {};
   if (segment * MINE * N < last)
-#pragma unroll(MOMENTS ? 2 : 4)
+#pragma unroll 4
     for (int j = 0; j < N; j++) {
       Complex<T> b = baby[j][lane], jb = {T(j) * b.re, T(j) * b.im};
 #pragma unroll
@@ -138,7 +155,8 @@ template <bool REAL, bool MOMENTS, class T> __global__ void __launch_bounds__(PO
         }
       }
     }
-  Complex<double> total = {0, 0}, weighted = {0, 0}, giant = of_mode[1][lane] * power(side, segment * MINE);
+  Complex<double> total = {0, 0}, weighted = {0, 0}, side = ladder[LOG2<N>][lane];
+  Complex<double> giant = ladder[TOP][lane] * power<LOG2<SEGMENTS>>(ladder + LOG2<N * MINE>, lane, segment);
 #pragma unroll
   for (int i = 0; i < MINE; i++, giant = giant * side) {
     if ((segment * MINE + i) * N >= last) continue;  // likewise
@@ -156,7 +174,7 @@ template <bool REAL, bool MOMENTS, class T> __global__ void __launch_bounds__(PO
   total = {0, 0};
   for (int g = 0; g < SEGMENTS; g++) total = total + scratch[segment][g][lane];
   if (chunks == 1) (segment ? second : out)[row * modes + first + lane] = cast<T>(total);
-  else partial[(cell * (1 + MOMENTS) + segment) * modes + first + lane] = total;
+  else partial[(int64_t(cell) * (1 + MOMENTS) + segment) * modes + first + lane] = total;
 }
 
 template <class T> __global__ void __launch_bounds__(THREADS)
@@ -249,8 +267,11 @@ template <class T> __global__ void __launch_bounds__(THREADS)
 template <bool REAL, class T, class L>
 void launch_vandermonde(L launch, const Complex<T>* v, const Complex<double>* x, typename Output<T, REAL>::type* out,
                         int64_t B, int64_t R, int64_t M, int64_t length) {
-  int64_t blocks = B * R * pieces(length, SIDE<T> * SIDE<T>);
-  if (blocks) launch(vandermonde_kernel<REAL, T>, blocks, POWER_THREADS, v, x, out, R, M, length);
+  constexpr int SMALL = SIDE<T>, LARGE = REAL ? 2 * SMALL : SMALL;  // complex sums would not fit into the registers
+  const bool large = length > SMALL * SMALL;
+  auto kernel = large ? vandermonde_kernel<REAL, T, LARGE / SHARE> : vandermonde_kernel<REAL, T, SMALL / SHARE>;
+  int64_t blocks = B * R * (large ? pieces(length, LARGE * LARGE) : pieces(length, SMALL * SMALL));
+  if (blocks) launch(kernel, blocks, POWER_THREADS, v, x, out, R, M, length);
 }
 
 template <bool REAL, class T> int64_t power_chunks(int64_t length) {
