@@ -27,8 +27,8 @@ template <class T> struct RootsOfUnity {  // z_k = 2i tan(pi k / length)
     sincospi(double(k) * per, &x.im, &x.re);
     return x;
   }
-  __device__ double exact(int64_t k) const { Complex<double> x = half_root(k); return 2 * x.im / x.re; }
-  __device__ AxisNode<T> operator()(int64_t, int64_t k) const { return AxisNode<T>::of(exact(k)); }
+  static __device__ double y(Complex<double> x) { return 2 * x.im * bounded_reciprocal(x.re); }
+  __device__ AxisNode<T> operator()(int64_t, int64_t k) const { return AxisNode<T>::of(y(half_root(k))); }
 };
 
 // One sum in double: for results that overflowed or underflowed on the way in float.
@@ -57,6 +57,7 @@ __device__ void sum_modes(Complex<T> (&out)[N][R], const Z (&z)[N], bool active,
   Sum<PAIRS, T> sum[N][R] = {};
   for (int64_t first = 0; first < modes; first += MODES) {
     int here = int(least(MODES, modes - first));
+#pragma unroll 1
     for (int i = threadIdx.x; i < here * R; i += THREADS) {
       int m = unsigned(i) / R, r = unsigned(i) % R;
       Complex<double> at = cast<double>(w[first + m]), c = {0, 0};
@@ -66,7 +67,7 @@ __device__ void sum_modes(Complex<T> (&out)[N][R], const Z (&z)[N], bool active,
     }
     __syncthreads();
     if (active)
-#pragma unroll 2
+#pragma unroll 4
       for (int m = 0; m < here; m++) {
         Term<W, T, R> term = terms[m];
 #pragma unroll
@@ -90,12 +91,12 @@ template <class T> __device__ void check(T& bad, Complex<T> x) { bad += 0 * x.re
 // A block: N x 128 nodes, R numerators, one row.
 struct Place {
   int64_t row, first, node;  // first: numerator
-  int count; bool active;
+  int count, left;           // left: nodes from this thread's first one on
   template <int R, int N> static S4NB_INLINE Place of(unsigned block, unsigned thread, Shape s) {
     unsigned tiles = unsigned(pieces(s.nodes, N * THREADS)), groups = unsigned(pieces(s.numerators, R));
     unsigned above = block / tiles, row = above / groups, first = (above - row * groups) * R;
     int64_t node = int64_t(block - above * tiles) * (N * THREADS) + thread;
-    return {row, first, node, int(least(R, s.numerators - first)), node < s.nodes};
+    return {row, first, node, int(least(R, s.numerators - first)), int(least(N * THREADS, s.nodes - node))};
   }
   static int64_t blocks(Shape s, int R, int N) {
     return s.rows * pieces(s.numerators, R) * pieces(s.nodes, N * THREADS);
@@ -111,20 +112,23 @@ template <bool PAIRS, class T, int R> __global__ void __launch_bounds__(THREADS)
   w += at.row * s.modes;
   out += (at.row * s.numerators + at.first) * s.nodes;
   for (int o = 0; o < N; o++) z[o] = nodes(at.row, least(at.node + o * THREADS, s.nodes - 1));
-  sum_modes<PAIRS, Mode<T>>(k, z, at.active, at.count, v, w, s.modes);
+  sum_modes<PAIRS, Mode<T>>(k, z, at.left > 0, at.count, v, w, s.modes);
   T bad = 0;
 #pragma unroll
   for (int o = 0; o < N; o++)
 #pragma unroll
     for (int r = 0; r < R; r++)
-      if (int64_t l = at.node + o * THREADS; r < at.count && l < s.nodes) {
-        out[r * s.nodes + l] = k[o][r];
+      if (r < at.count && o * THREADS < at.left) {
+        out[r * s.nodes + at.node + o * THREADS] = k[o][r];
         check(bad, k[o][r]);
       }
   if (sizeof(T) == 4 && bad != 0)
-    for (int64_t l = at.node; l < least(at.node + N * THREADS, s.nodes); l += THREADS)
+#pragma unroll 1
+    for (int o = 0; o < at.left; o += THREADS)
+#pragma unroll 1
       for (int r = 0; r < at.count; r++)
-        out[r * s.nodes + l] = cast<T>(exact_sum<PAIRS>(v + r * s.modes, w, s.modes, cast<double>(nodes(at.row, l))));
+        out[r * s.nodes + at.node + o] =
+            cast<T>(exact_sum<PAIRS>(v + r * s.modes, w, s.modes, cast<double>(nodes(at.row, at.node + o))));
 }
 
 // The spectrum's numerators are a matrix (I, J), its last row and column the low-rank ones. At the two ends of the
@@ -150,16 +154,17 @@ __device__ __noinline__ void exact_node(const Complex<double>* v, const Complex<
     if (spectrum) *spectrum = cast<T>(woodbury<double>({1, y / 2}, k[0], k[1], k[2], woodbury_q(k[3])));
 }
 
-template <class T, int R> __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3)
+// FUSED: four numerators, I = J = 2; Woodbury's identity is applied at once. Otherwise the sums and ends are all.
+template <class T, int R, bool FUSED> __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3)
     spectrum_kernel(RootsOfUnity<T> nodes, Complex<double> turn, const Complex<double>* v, const Complex<double>* w,
                     Complex<T>* sums, Complex<T>* spectrum, Ends* ends, Shape s) {
   constexpr int N = EACH<T>;
+  if (FUSED) s.numerators = R;
   Place at = Place::of<R, N>(blockIdx.x, threadIdx.x, s);
   v += (at.row * s.numerators + at.first) * s.modes;
   w += at.row * s.modes;
   sums += (at.row * s.numerators + at.first) * s.nodes;
-  spectrum += at.row * (nodes.length / 2 + 1);
-  const bool fused = R == 4 && !ends;
+  if (FUSED) spectrum += at.row * (nodes.length / 2 + 1);
   if (at.node < THREADS) {
     __shared__ Ends end[THREADS / WARP];
     const int r = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -170,14 +175,13 @@ template <class T, int R> __global__ void __launch_bounds__(THREADS, sizeof(T) =
         sum.zero -= 2 * (V.re * W.re + V.im * W.im) / (W.re * W.re + W.im * W.im);
         sum.limit += V.re;
       }
-    sum = {warp_sum(sum.zero), warp_sum(sum.limit)};
-    if (lane == 0) {
-      end[r] = sum;
-      if (r < at.count) sums[r * s.nodes] = {T(sum.zero), T(0)};
-      if (r < at.count && ends) ends[at.row * s.numerators + at.first + r] = sum;
+    end[r] = sum = {warp_sum(sum.zero), warp_sum(sum.limit)};
+    if (lane == 0 && r < at.count) {
+      sums[r * s.nodes] = {T(sum.zero), T(0)};
+      if (!FUSED) ends[at.row * s.numerators + at.first + r] = sum;
     }
     __syncthreads();
-    if (fused && threadIdx.x == 0) {
+    if (FUSED && threadIdx.x == 0) {
       spectrum[0] = cast<T>(at_zero(end[0].zero, end[1].zero, end[2].zero, end[3].zero));
       if (nodes.length % 2 == 0) spectrum[s.nodes] = {T(end[0].limit), T(0)};
     }
@@ -187,29 +191,31 @@ template <class T, int R> __global__ void __launch_bounds__(THREADS, sizeof(T) =
   Complex<double> x = nodes.half_root(at.node);
 #pragma unroll
   for (int o = 0; o < N; o++, x = x * turn)  // turn: from one node of this thread to the next
-    z[o] = AxisNode<T>::of(at.node + o * THREADS < s.nodes ? 2 * x.im / x.re : 0);
-  sum_modes<true, AxisMode<T>>(k, z, at.active, at.count, v, w, s.modes);
+    z[o] = AxisNode<T>::of(o * THREADS < at.left ? nodes.y(x) : 0);
+  sum_modes<true, AxisMode<T>>(k, z, at.left > 0, at.count, v, w, s.modes);
   T bad = 0;
+  sums += at.node;
+  if (FUSED) spectrum += at.node;
 #pragma unroll
   for (int o = 0; o < N; o++) {
-    int64_t l = at.node + o * THREADS;
-    if (l == 0 || l >= s.nodes) continue;
+    if (o * THREADS >= at.left || (o == 0 && at.node == 0)) continue;
 #pragma unroll
     for (int r = 0; r < R; r++)
       if (r < at.count) {
-        sums[r * s.nodes + l] = k[o][r];
-        if (!fused) check(bad, k[o][r]);
+        sums[r * s.nodes + o * THREADS] = k[o][r];
+        if (!FUSED) check(bad, k[o][r]);
       }
-    if constexpr (R == 4)
-      if (fused) {
-        auto x = woodbury<T>({T(1), z[o].im / 2}, k[o][0], k[o][1], k[o][2], woodbury_q(k[o][3]));
-        spectrum[l] = x;
-        check(bad, x);  // not finite if one of the sums is not
-      }
+    if constexpr (FUSED) {
+      auto x = woodbury<T>({T(1), z[o].im / 2}, k[o][0], k[o][1], k[o][2], woodbury_q(k[o][3]));
+      spectrum[o * THREADS] = x;
+      check(bad, x);  // not finite if one of the sums is not
+    }
   }
   if (sizeof(T) == 4 && bad != 0)
-    for (int64_t l = at.node + THREADS * !at.node; l < least(at.node + N * THREADS, s.nodes); l += THREADS)
-      exact_node<T, R>(v, w, sums + l, fused ? spectrum + l : nullptr, s, at.count, nodes.exact(l));
+#pragma unroll 1
+    for (int o = at.node ? 0 : THREADS; o < at.left; o += THREADS)
+      exact_node<T, R>(v, w, sums + o, FUSED ? spectrum + o : nullptr, s, at.count,
+                       nodes.y(nodes.half_root(at.node + o)));
 }
 
 // Woodbury's identity for any number of numerators, from the sums: one thread for each (h, i, j, bin).
@@ -530,8 +536,8 @@ template <class T, class L> void launch_spectrum(L launch, Dplr a, Complex<T>* s
   if (!s.rows || !s.numerators) return;
   by_count(s.numerators, [&](auto n) {
     constexpr int R = decltype(n)::value;
-    launch(spectrum_kernel<T, R>, Place::blocks(s, R, EACH<T>), THREADS, nodes, turn, a.v, a.w, sums, spectrum,
-           a.fused() ? nullptr : ends, s);
+    auto kernel = a.fused() ? spectrum_kernel<T, 4, true> : spectrum_kernel<T, R, false>;
+    launch(kernel, Place::blocks(s, R, EACH<T>), THREADS, nodes, turn, a.v, a.w, sums, spectrum, ends, s);
   });
   int64_t total = a.H * (a.I - 1) * (a.J - 1) * (a.length / 2 + 1);
   if (!a.fused() && total)

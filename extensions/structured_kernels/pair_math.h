@@ -14,7 +14,7 @@
 
 namespace s4nb { namespace S4NB_ISA {
 
-template <class V> struct Complex { V re, im; };
+template <class V> struct alignas(2 * sizeof(V)) Complex { V re, im; };
 
 template <class V> S4NB_INLINE Complex<V> operator+(Complex<V> a, Complex<V> b) { return {a.re + b.re, a.im + b.im}; }
 template <class V> S4NB_INLINE Complex<V> operator-(Complex<V> a, Complex<V> b) { return {a.re - b.re, a.im - b.im}; }
@@ -38,13 +38,19 @@ S4NB_INLINE float reciprocal(float q) {
 }
 #endif
 
-// Of q below 2^126: a larger one may give 0 unnoticed. 0 gives infinity.
+// Of q below 2^126 in float (a larger one could give 0 unnoticed). 0 gives infinity or nan.
 template <class V> S4NB_INLINE V bounded_reciprocal(V q) { return reciprocal(q); }
 #ifdef __CUDA_ARCH__
 template <> S4NB_INLINE float bounded_reciprocal(float q) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(q));
   return r;
+}
+template <> S4NB_INLINE double bounded_reciprocal(double q) {  // 20 bits, then 60
+  double r, e;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(q));
+  e = 1 - q * r;
+  return r + r * (e + e * e);
 }
 #endif
 
@@ -66,7 +72,9 @@ template <class S> struct Mode {
 // Where w and y of a node z = iy are known in double, the product is |w|^2 - y^2 - 2i y Re w: squares that are rounded
 // once, from double, lose no more next to a pole than w and y do. Squares of 2^60 and more become infinite in float,
 // and the sum nan, before the product's modulus is too large for bounded_reciprocal.
-template <class S> S4NB_INLINE S rounded_square(double x) { return sizeof(S) > 4 || x < 0x1p60 ? S(x) : S(INFINITY); }
+template <class S> S4NB_INLINE S rounded_square(double x) {
+  return sizeof(S) > 4 || S(x) < S(0x1p60) ? S(x) : S(INFINITY);
+}
 template <class S> struct AxisMode {
   S square, twice;  // |w|^2, 2 Re w
   static S4NB_INLINE AxisMode of(Complex<double> w) {
