@@ -120,7 +120,7 @@ struct Launch {
 inline void sincospi(double x, double* s, double* c) { *s = std::sin(M_PI * x); *c = std::cos(M_PI * x); }
 using std::exp;
 
-#include "cuda_cauchy.cuh"
+#include "cuda_dplr.cuh"
 #include "cuda_powers.cuh"
 
 using namespace s4nb::emulated;

@@ -52,6 +52,8 @@ template <> S4NB_INLINE double bounded_reciprocal(double q) {  // 20 bits, then 
   e = 1 - q * r;
   return r + r * (e + e * e);
 }
+#else
+template <> S4NB_INLINE float bounded_reciprocal(float q) { return 1 / q; }
 #endif
 
 template <class V> S4NB_INLINE Complex<V> inverse(Complex<V> a) {
