@@ -4,7 +4,7 @@
 
 namespace s4nb { namespace S4NB_ISA {
 
-template <class T> constexpr int EACH = sizeof(T) == 4 ? 4 : 2;  // nodes of one thread
+template <class T> constexpr int EACH = sizeof(T) == 4 ? 4 : 2;  // nodes of one thread, as registers allow
 constexpr int OWN = 2;     // modes of one thread in the gradients
 constexpr int MODES = 64;  // modes whose coefficients lie in shared memory at a time
 
@@ -110,11 +110,11 @@ template <bool PAIRS, class T, int R> __global__ void __launch_bounds__(THREADS)
       }
   if (sizeof(T) == 4 && bad != 0)
 #pragma unroll 1
-    for (int o = 0; o < at.left; o += THREADS)
+    for (; at.left > 0; at.left -= THREADS, at.node += THREADS)
 #pragma unroll 1
       for (int r = 0; r < at.count; r++)
-        out[r * s.nodes + at.node + o] =
-            cast<T>(exact_sum<PAIRS>(v + r * s.modes, w, s.modes, cast<double>(nodes(at.row, at.node + o))));
+        out[r * s.nodes + at.node] =
+            cast<T>(exact_sum<PAIRS>(v + r * s.modes, w, s.modes, cast<double>(nodes(at.row, at.node))));
 }
 
 // ---- Gradients of Cauchy sums --------------------------------------------------------------------------------------
@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3)
   const unsigned tiles = unsigned(split.tiles), chunks = unsigned(split.chunks), row_groups = unsigned(split.groups);
   const unsigned cell = blockIdx.x / tiles, above = cell / chunks;  // cell: (row, numerators, chunk)
   const int64_t begin = cell % chunks * split.chunk, end = least(begin + split.chunk, s.nodes);
-  const int64_t row = above / row_groups, first = above % row_groups * R, mode_0 = int64_t(blockIdx.x % tiles) * width * OWN;
+  const int64_t row = above / row_groups, first = above % row_groups * R,
+                mode_0 = int64_t(blockIdx.x % tiles) * width * OWN;
   const int count = int(least(R, s.numerators - first));
 
   W mode[OWN];
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3)
     int64_t m = mode_0 + value / SUMS * width + of;
     double total = 0;
     for (int g = 0; g < groups; g++) total += double(scratch[value * THREADS + g * width + of]);
-    if (m < s.modes) partial[(cell * SUMS + value % SUMS) * s.modes + m] = total;
+    if (m < s.modes) partial[(int64_t(cell) * SUMS + value % SUMS) * s.modes + m] = total;
   }
 }
 
@@ -251,7 +252,7 @@ __device__ __noinline__ void exact_gradients(Z nodes, G upstream, const Complex<
 }
 
 // One thread for each mode of each row: adds up what the blocks left, and goes back to v and w.
-template <bool PAIRS, class T, class S, class Z, class G> __global__ void __launch_bounds__(THREADS)
+template <bool PAIRS, class T, class S, class Z, class G> __global__ void __launch_bounds__(THREADS, 4)
     gradients_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, const double* partial,
                      Complex<S>* dv, Complex<S>* dw, Shape s, Split split) {
   int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x, row = index / s.modes, m = index % s.modes;

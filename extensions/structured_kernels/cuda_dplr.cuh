@@ -7,15 +7,14 @@ namespace s4nb { namespace S4NB_ISA {
 template <class T> struct RootsOfUnity {  // z_k = 2i tan(pi k / length)
   static constexpr bool imaginary = true;
   int64_t length;
-  double per;  // 1 / length
-  static RootsOfUnity of(int64_t length) { return {length, 1 / double(length)}; }
-  __device__ Complex<double> half_root(int64_t k) const {  // exp(i pi k / length)
+  static __device__ Complex<double> half_root(double turn) {  // exp(i pi turn)
     Complex<double> x;
-    sincospi(double(k) * per, &x.im, &x.re);
+    sincospi(turn, &x.im, &x.re);
     return x;
   }
   static __device__ double y(Complex<double> x) { return 2 * x.im * bounded_reciprocal(x.re); }
-  __device__ AxisNode<T> operator()(int64_t, int64_t k) const { return AxisNode<T>::of(y(half_root(k))); }
+  __device__ double exact(int64_t k) const { return y(half_root(double(k) / double(length))); }
+  __device__ AxisNode<T> operator()(int64_t, int64_t k) const { return AxisNode<T>::of(exact(k)); }
 };
 
 // The spectrum's numerators are a matrix (I, J), its last row and column the low-rank ones. At the two ends of the
@@ -43,8 +42,8 @@ __device__ __noinline__ void exact_node(const Complex<double>* v, const Complex<
 
 // FUSED: four numerators, I = J = 2; Woodbury's identity is applied at once. Otherwise the sums and ends are all.
 template <class T, int R, bool FUSED> __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3)
-    spectrum_kernel(RootsOfUnity<T> nodes, Complex<double> turn, const Complex<double>* v, const Complex<double>* w,
-                    Complex<T>* sums, Complex<T>* spectrum, Ends* ends, Shape s) {
+    spectrum_kernel(RootsOfUnity<T> nodes, double per, Complex<double> stride, const Complex<double>* v,
+                    const Complex<double>* w, Complex<T>* sums, Complex<T>* spectrum, Ends* ends, Shape s) {
   constexpr int N = EACH<T>;
   if (FUSED) s.numerators = R;
   Place at = Place::of<R, N>(blockIdx.x, threadIdx.x, s);
@@ -75,9 +74,9 @@ template <class T, int R, bool FUSED> __global__ void __launch_bounds__(THREADS,
   }
   AxisNode<T> z[N];
   Complex<T> k[N][R];
-  Complex<double> x = nodes.half_root(at.node);
+  Complex<double> x = nodes.half_root(double(at.node) * per);  // per: 1 / length
 #pragma unroll
-  for (int o = 0; o < N; o++, x = x * turn)  // turn: from one node of this thread to the next
+  for (int o = 0; o < N; o++, x = x * stride)  // stride: exp(i pi THREADS / length)
     z[o] = AxisNode<T>::of(o * THREADS < at.left ? nodes.y(x) : 0);
   sum_modes<true, AxisMode<T>>(k, z, at.left > 0, at.count, v, w, s.modes);
   T bad = 0;
@@ -101,8 +100,7 @@ template <class T, int R, bool FUSED> __global__ void __launch_bounds__(THREADS,
   if (sizeof(T) == 4 && bad != 0)
 #pragma unroll 1
     for (int o = at.node ? 0 : THREADS; o < at.left; o += THREADS)
-      exact_node<T, R>(v, w, sums + o, FUSED ? spectrum + o : nullptr, s, at.count,
-                       nodes.y(nodes.half_root(at.node + o)));
+      exact_node<T, R>(v, w, sums + o, FUSED ? spectrum + o : nullptr, s, at.count, nodes.exact(at.node + o));
 }
 
 // Woodbury's identity for any number of numerators, from the sums: one thread for each (h, i, j, bin).
@@ -172,14 +170,15 @@ struct Dplr {
 // ends: (H, I, J)
 template <class T, class L> void launch_spectrum(L launch, Dplr a, Complex<T>* sums, Complex<T>* spectrum, Ends* ends) {
   Shape s = a.shape();
-  auto nodes = RootsOfUnity<T>::of(a.length);
-  const double angle = M_PI * THREADS / double(a.length);
-  const Complex<double> turn = {std::cos(angle), std::sin(angle)};
+  RootsOfUnity<T> nodes = {a.length};
+  const double per = 1 / double(a.length), angle = M_PI * THREADS * per;
+  const Complex<double> stride = {std::cos(angle), std::sin(angle)};
   if (!s.rows || !s.numerators) return;
   by_count(s.numerators, [&](auto n) {
     constexpr int R = decltype(n)::value;
     auto kernel = a.fused() ? spectrum_kernel<T, 4, true> : spectrum_kernel<T, R, false>;
-    launch(kernel, Place::blocks(s, R, EACH<T>), THREADS, nodes, turn, a.v, a.w, sums, spectrum, ends, s);
+    launch(kernel, Place::blocks(s, R, EACH<T>), THREADS, nodes, per, stride, a.v, a.w, sums, spectrum,
+           ends, s);
   });
   int64_t total = a.H * (a.I - 1) * (a.J - 1) * (a.length / 2 + 1);
   if (!a.fused() && total)
@@ -190,7 +189,7 @@ template <class T, class L>
 void launch_spectrum_backward(L launch, Dplr a, const Complex<T>* grad, const Complex<T>* sums, double* partial,
                               Complex<double>* dv, Complex<double>* dw) {
   ThroughWoodbury<T> upstream = {grad, sums, int(a.I), int(a.J), a.length};
-  launch_gradients<true, T>(launch, RootsOfUnity<T>::of(a.length), upstream, a.v, a.w, partial, dv, dw, a.shape());
+  launch_gradients<true, T>(launch, RootsOfUnity<T>{a.length}, upstream, a.v, a.w, partial, dv, dw, a.shape());
 }
 
 }}  // namespace s4nb::S4NB_ISA

@@ -65,15 +65,15 @@ template <class V> S4NB_INLINE Complex<V> inverse(Complex<V> a) {
 //   pairs:   v/(z-w) + conj(v)/(z-conj w) = (a z - b) u,  u = 1/((z-w)(z-conj w)),  a = 2 Re v,  b = 2 Re(v conj w)
 //   singles: v/(z-w) = v u,  u = 1/(z-w)
 // (c0, c1) are (a, b) or (Re v, Im v). The product (z-w)(z-conj w) is formed from differences, s^2 - (y-x)(y+x) with
-// s = Re(z-w): a difference of squares would lose all digits next to a pole. IMAGINARY: Re z = 0, and s is a constant.
+// s = Re(z-w): a difference of rounded squares would lose more next to a pole. IMAGINARY: Re z = 0, s is a constant.
 template <class S> struct Mode {
   S re, im;
   static S4NB_INLINE Mode of(Complex<double> w) { return {S(w.re), S(w.im)}; }
 };
 
 // Where w and y of a node z = iy are known in double, the product is |w|^2 - y^2 - 2i y Re w: squares that are rounded
-// once, from double, lose no more next to a pole than w and y do. Squares of 2^60 and more become infinite in float,
-// and the sum nan, before the product's modulus is too large for bounded_reciprocal.
+// once, from double, lose no more next to a pole than rounding w and y does. In float, squares of 2^60 and more become
+// infinite and the sums nan, so that bounded_reciprocal never meets what is out of its range.
 template <class S> S4NB_INLINE S rounded_square(double x) {
   return sizeof(S) > 4 || S(x) < S(0x1p60) ? S(x) : S(INFINITY);
 }
@@ -87,7 +87,9 @@ template <class V> struct AxisNode {
   V im, square;  // y, y^2
   static S4NB_INLINE AxisNode of(double y) { return {V(y), rounded_square<V>(y * y)}; }
 };
-template <class V> S4NB_INLINE Complex<V> operator*(AxisNode<V> z, Complex<V> a) { return {-(z.im * a.im), z.im * a.re}; }
+template <class V> S4NB_INLINE Complex<V> operator*(AxisNode<V> z, Complex<V> a) {
+  return {-(z.im * a.im), z.im * a.re};
+}
 
 template <bool PAIRS, bool IMAGINARY, class V, class S> S4NB_INLINE Complex<V> pole(Complex<V> z, Mode<S> w) {
   if constexpr (!PAIRS) {
