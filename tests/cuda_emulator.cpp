@@ -117,11 +117,10 @@ struct Launch {
 #define __shfl_xor_sync(mask, value, far) emulator::shuffle_xor(value, far)
 #define threadIdx emulator::thread
 #define blockIdx emulator::block
-inline double sinpi(double x) { return std::sin(M_PI * x); }
-inline double cospi(double x) { return std::cos(M_PI * x); }
+inline void sincospi(double x, double* s, double* c) { *s = std::sin(M_PI * x); *c = std::cos(M_PI * x); }
 using std::exp;
 
-#include "cuda_cauchy.cuh"
+#include "cuda_dplr.cuh"
 #include "cuda_powers.cuh"
 
 using namespace s4nb::emulated;

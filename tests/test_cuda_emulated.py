@@ -167,10 +167,24 @@ def spectrum(v, w, L):
 @pytest.mark.parametrize("I, J, M, L", [(2, 2, 33, 100), (2, 2, 3, 1), (2, 2, 1, 2), (3, 2, 3, 17), (2, 4, 33, 18),
                                         (1, 1, 3, 8), (2, 1, 3, 8), (2, 2, 32, 601)])
 def test_spectrum(emulator, I, J, M, L):
-    v, w, grad = numbers(2, I, J, M), modes(2, M), numbers(2, I - 1, J - 1, L // 2 + 1, seed=5)
-    v[:, -1, -1] = v[:, -1, -1].abs() ** 2                      # |p|^2: 1 + k_IJ stays away from 0, as in S4
+    check_spectrum(emulator, numbers(2, I, J, M), modes(2, M), L)
+
+
+@pytest.mark.parametrize("scale", [1e8, 1e10, 1e18, 1e30])
+@pytest.mark.parametrize("I, J, M, L", [(2, 2, 3, 17), (3, 2, 3, 300)])
+def test_spectrum_beyond_float(emulator, I, J, M, L, scale):
+    "Squares of poles leave the range of float32, the sums do not; of all poles, and of one."
+    for far in (1, M):
+        v, w = numbers(2, I, J, M), modes(2, M)
+        v[..., :far] *= scale; w[..., :far] *= scale
+        check_spectrum(emulator, v, w, L, DTYPES[:1])
+
+
+def check_spectrum(emulator, v, w, L, dtypes=DTYPES):
+    (_, I, J, M), grad = v.shape, numbers(2, v.shape[1] - 1, v.shape[2] - 1, L // 2 + 1, seed=5)
+    v[:, -1, -1] = v[:, -1, -1].abs()                           # |p|^2: 1 + k_IJ stays away from 0, as in S4
     sizes = 2, I, J, M, L
-    for dtype in DTYPES:
+    for dtype in dtypes:
         want, k = spectrum(v, w, L)
         sums, out = emulator("spectrum", dtype, v, w, *like(k.to(dtype), want.to(dtype)), *sizes)
         all_close([sums, out], [k, want], FORWARD[dtype])

@@ -5,16 +5,16 @@
 namespace s4nb { namespace S4NB_ISA { namespace {
 
 // Modes and coefficients of one row, the numerators in groups of up to four: (c0, c1) at [group][m][r].
-template <class T> struct Row {
+template <class T, class W = Mode<T>> struct Row {
   int64_t M, R;
-  Memory<Mode<T>> w;
+  Memory<W> w;
   Memory<T> c;
   Row(int64_t M, int64_t R) : M(M), R(R), w(M), c(2 * M * R) {}
   T* at(int64_t r) const { return c + 2 * M * r; }  // r: the first of a group
   template <bool PAIRS, class IO> void fill(const IO* v, const IO* poles) {
     for (int64_t m = 0; m < M; m++) {
       Complex<double> p = number(poles, m);
-      w[m] = {T(p.re), T(p.im)};
+      w[m] = W::of(p);
       for (int64_t r = 0; r < R; r++) {
         int64_t first = r & ~int64_t(3), width = least(4, R - first);
         Complex<double> a = coefficients<PAIRS>(number(v, r * M + m), p);
@@ -38,20 +38,29 @@ template <class T> struct Nodes {
     for (int64_t l = begin; l < end; l++) { re[l - begin] = T(z[2 * l]); im[l - begin] = T(z[2 * l + 1]); }
     pad(end - begin);
   }
-  void fill_imaginary(const double* y, const int64_t* at, int64_t count) {
-    for (int64_t l = 0; l < count; l++) { re[l] = 0; im[l] = T(y[at[l]]); }
-    pad(count);
+};
+
+template <class T> struct AxisNodes {  // the same for nodes iy, from y in double
+  int64_t n, padded;
+  alignas(64) T im[TILE], square[TILE];
+  S4NB_FORCE AxisNode<Vec<T>> at(int64_t l) const { return {load(im + l), load(square + l)}; }
+  void fill(const double* y, const int64_t* at, int64_t count) {
+    n = count; padded = up(n, LANES<T>);
+    for (int64_t l = 0; l < padded; l++) {
+      auto z = AxisNode<T>::of(y[at[least(l, n - 1)]]);
+      im[l] = z.im; square[l] = z.square;
+    }
   }
 };
 
-template <class T, bool PAIRS, bool IMAGINARY, int R, int WIDE>
-S4NB_FORCE void sum_group(const Nodes<T>& z, int64_t l, const Row<T>& row, int64_t r0, T* out) {
+template <class T, bool PAIRS, bool IMAGINARY, int R, int WIDE, class Z, class W>
+S4NB_FORCE void sum_group(const Z& z, int64_t l, const Row<T, W>& row, int64_t r0, T* out) {
   Sum<PAIRS, Vec<T>> s[WIDE][R] = {};
-  Complex<Vec<T>> node[WIDE];
+  decltype(z.at(0)) node[WIDE];
   for (int k = 0; k < WIDE; k++) node[k] = z.at(l + k * LANES<T>);
   const T* c = row.at(r0);
   for (int64_t m = 0; m < row.M; m++, c += 2 * R) {
-    Mode<T> w = row.w[m];
+    W w = row.w[m];
 #pragma GCC unroll 4
     for (int k = 0; k < WIDE; k++) {
       Complex<Vec<T>> u = pole<PAIRS, IMAGINARY>(node[k], w);
@@ -68,7 +77,8 @@ S4NB_FORCE void sum_group(const Nodes<T>& z, int64_t l, const Row<T>& row, int64
 }
 
 // out (R, 2, TILE): the sums of all numerators at the nodes of a tile.
-template <class T, bool PAIRS, bool IMAGINARY> void sum_tile(const Nodes<T>& z, const Row<T>& row, T* out) {
+template <class T, bool PAIRS, bool IMAGINARY, class Z, class W>
+void sum_tile(const Z& z, const Row<T, W>& row, T* out) {
   constexpr int V = LANES<T>;
   for (int64_t r0 = 0; r0 < row.R; r0 += 4) {
     int64_t l = 0;
@@ -149,28 +159,29 @@ template <class T> void cauchy(const CauchyArgs<T>& a, int64_t b, int64_t begin,
 
 // ---- gradients of Cauchy sums ----------------------------------------------------------------------------------------
 // Gradients of up to four numerators on a tile: k = conj(grad) and k z, planar: [r][re, im, z re, z im][TILE].
-template <class T, bool PAIRS> void prepare(const Nodes<T>& z, int64_t R, T* k) {
+template <class T, bool PAIRS, class Z> void prepare(const Z& z, int64_t R, T* k) {
   for (int64_t r = 0; r < R; r++) {
     T* g = k + 4 * r * TILE;
     for (int64_t l = z.n; l < z.padded; l++) g[l] = g[TILE + l] = 0;
     if constexpr (PAIRS)
-      for (int64_t l = 0; l < z.padded; l++) {
-        g[2 * TILE + l] = g[l] * z.re[l] - g[TILE + l] * z.im[l];
-        g[3 * TILE + l] = g[l] * z.im[l] + g[TILE + l] * z.re[l];
+      for (int64_t l = 0; l < z.padded; l += LANES<T>) {
+        Complex<Vec<T>> kz = z.at(l) * Complex<Vec<T>>{load(g + l), load(g + TILE + l)};
+        store(g + 2 * TILE + l, kz.re); store(g + 3 * TILE + l, kz.im);
       }
   }
 }
 
-template <class T, bool PAIRS, bool IMAGINARY, int R>
-void collect_group(const Nodes<T>& z, const Row<T>& row, int64_t r0, const T* k, double* sums) {
+template <class T, bool PAIRS, bool IMAGINARY, int R, class Z, class W>
+void collect_group(const Z& z, const Row<T, W>& row, int64_t r0, const T* k, double* sums) {
   const T* c = row.at(r0);
   int64_t width = 2 * row.R + 2;
   for (int64_t m = 0; m < row.M; m++, c += 2 * R, sums += width) {
-    Mode<T> w = row.w[m];
+    W w = row.w[m];
     Slope<PAIRS, Vec<T>> slope[R] = {};
     Drift<PAIRS, IMAGINARY, Vec<T>> drift = {};
     for (int64_t l = 0; l < z.padded; l += LANES<T>) {
-      Complex<Vec<T>> node = z.at(l), u = pole<PAIRS, IMAGINARY>(node, w), N = {};
+      auto node = z.at(l);
+      Complex<Vec<T>> u = pole<PAIRS, IMAGINARY>(node, w), N = {};
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         const T* g = k + 4 * r * TILE + l;
@@ -190,8 +201,8 @@ void collect_group(const Nodes<T>& z, const Row<T>& row, int64_t r0, const T* k,
 }
 
 // Adds a tile's part to sums (M, 2R+2); load_k(r, k) puts conj(grad) of numerator r at k (re) and k + TILE (im).
-template <class T, bool PAIRS, bool IMAGINARY, class Load>
-void collect_tile(const Nodes<T>& z, const Row<T>& row, Load load_k, double* sums) {
+template <class T, bool PAIRS, bool IMAGINARY, class Z, class W, class Load>
+void collect_tile(const Z& z, const Row<T, W>& row, Load load_k, double* sums) {
   alignas(64) T k[16 * TILE];
   for (int64_t r0 = 0; r0 < row.R; r0 += 4) {
     int64_t R = least(4, row.R - r0);
@@ -235,7 +246,7 @@ template <class T> void cauchy_collect(const CauchyArgs<T>& a, int64_t b, int64_
 }
 
 // From the collected sums (chunks, rows, M, 2R+2) to dv (R, M) and dw (M) of one row.
-template <bool PAIRS, class IO, class T>
+template <bool PAIRS, bool IMAGINARY, class IO, class T>
 void chain_row(const IO* v, const IO* w, const double* sums, int64_t stride, int64_t chunks, int64_t M, int64_t R, T* dv, T* dw) {
   for (int64_t m = 0; m < M; m++) {
     int64_t width = 2 * R + 2;
@@ -245,7 +256,7 @@ void chain_row(const IO* v, const IO* w, const double* sums, int64_t stride, int
       return s;
     };
     Complex<double> pole = number(w, m);
-    Complex<double> d = drift_of_mode<PAIRS, false>(pole, Drift<PAIRS, false, double>{sum(2 * R), sum(2 * R + 1)});
+    Complex<double> d = drift_of_mode(pole, Drift<PAIRS, IMAGINARY, double>{sum(2 * R), sum(2 * R + 1)});
     for (int64_t r = 0; r < R; r++) {
       Complex<double> dvr;
       chain<PAIRS>(number(v, r * M + m), pole, Slope<PAIRS, double>{sum(2 * r), sum(2 * r + 1)}, dvr, d);
@@ -257,7 +268,7 @@ void chain_row(const IO* v, const IO* w, const double* sums, int64_t stride, int
 
 template <class T> void cauchy_chain(const CauchyArgs<T>& a, int64_t b, int64_t chunks) {
   int64_t width = a.M * (2 * a.R + 2);
-  (a.pairs ? chain_row<true, T, T> : chain_row<false, T, T>)(
+  (!a.pairs ? chain_row<false, false, T, T> : a.imaginary ? chain_row<true, true, T, T> : chain_row<true, false, T, T>)(
       a.v + 2 * b * a.R * a.M, a.w + 2 * b * a.M, a.sums + b * width, a.B * width, chunks, a.M, a.R,
       a.dv + 2 * b * a.R * a.M, a.dw + 2 * b * a.M);
 }

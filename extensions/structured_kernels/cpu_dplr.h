@@ -50,7 +50,7 @@ struct AtZero {
 // cancel, and what is left of floats is rounding: `lost` gets the nodes where five bits or more went, and their number is returned.
 constexpr double CANCELLED = 32;
 template <class T, class C>
-int64_t combine(const DplrArgs<T>& a, int64_t h, const int64_t* at, const Nodes<C>& z, const C* k, int64_t* lost) {
+int64_t combine(const DplrArgs<T>& a, int64_t h, const int64_t* at, const AxisNodes<C>& z, const C* k, int64_t* lost) {
   auto k_at = [&](int64_t i, int64_t j, int64_t l) -> Complex<Vec<C>> {
     const C* p = k + 2 * (i * a.J + j) * TILE + l;
     return {load(p), load(p + TILE)};
@@ -84,26 +84,26 @@ template <class T, class C> void keep_sums(const DplrArgs<T>& a, int64_t h, cons
 template <class T> void dplr(const DplrArgs<T>& a, int64_t h, int64_t begin, int64_t end) {
   int64_t R = a.I * a.J, at[TILE], lost[TILE];
   const double *v = a.v + 2 * h * R * a.M, *w = a.w + 2 * h * a.M;
-  Row<T> row(a.M, R);
+  Row<T, AxisMode<T>> row(a.M, R);
   row.template fill<true>(v, w);
-  Row<double> wide_row(a.M, R);
+  Row<double, AxisMode<double>> wide_row(a.M, R);
   if (sizeof(T) == 4) wide_row.template fill<true>(v, w);
   AtZero zero(v, w, a.I, a.J, a.M);
-  Nodes<T> z;
-  Nodes<double> wide;
+  AxisNodes<T> z;
+  AxisNodes<double> wide;
   Memory<T> k(2 * R * TILE);
   Memory<double> wide_k(sizeof(T) == 4 ? 2 * R * TILE : 1);
   for (int64_t l = begin; l < end; l += TILE) {
     int64_t n = least(TILE, end - l);
     for (int64_t i = 0; i < n; i++) at[i] = l + i;
-    z.fill_imaginary(a.y, at, n);
+    z.fill(a.y, at, n);
     sum_tile<T, true, true>(z, row, k);
     if (sizeof(T) > 4 || finite_tile(k.p, R, n)) {
       keep_sums(a, h, at, n, k.p);
       n = combine(a, h, at, z, k.p, lost);
     } else memcpy(lost, at, sizeof at);
     if (sizeof(T) == 4 && n) {  // again in double: the nodes next to poles, or all where floats did not suffice
-      wide.fill_imaginary(a.y, lost, n);
+      wide.fill(a.y, lost, n);
       sum_tile<double, true, true>(wide, wide_row, wide_k);
       keep_sums(a, h, lost, n, wide_k.p);
       combine(a, h, lost, wide, wide_k.p, at);
@@ -130,11 +130,11 @@ template <class C> struct Woodbury {
   }
   S4NB_FORCE Complex<Vec<C>> k_at(int64_t i, int64_t j, int64_t l) const { return at(k, i * (J + 1) + j, l); }
 
-  template <class T> static void plane(const T* from, const Nodes<C>& z, C* to) {
+  template <class T> static void plane(const T* from, const AxisNodes<C>& z, C* to) {
     for (int64_t n = 0; n < z.n; n++) { to[n] = C(from[2 * n]); to[TILE + n] = C(from[2 * n + 1]); }
     for (int64_t n = z.n; n < z.padded; n++) to[n] = to[TILE + n] = 0;
   }
-  template <class T> void fill(const DplrArgs<T>& a, int64_t h, int64_t begin, const Nodes<C>& z) {
+  template <class T> void fill(const DplrArgs<T>& a, int64_t h, int64_t begin, const AxisNodes<C>& z) {
     for (int64_t r = 0; r < (I + 1) * (J + 1); r++)
       plane(a.sums + 2 * ((h * (I + 1) * (J + 1) + r) * a.K + begin), z, k + 2 * r * TILE);
     for (int64_t r = 0; r < I * J; r++) plane(a.grad + 2 * ((h * I * J + r) * a.F + begin), z, g + 2 * r * TILE);
@@ -162,14 +162,14 @@ template <class C> struct Woodbury {
 
 template <class C, class T> void dplr_collect_in(const DplrArgs<T>& a, int64_t h, int64_t begin, int64_t end, double* sums) {
   int64_t R = a.I * a.J, at[TILE];
-  Row<C> row(a.M, R);
+  Row<C, AxisMode<C>> row(a.M, R);
   row.template fill<true>(a.v + 2 * h * R * a.M, a.w + 2 * h * a.M);
   Woodbury<C> woodbury(a.I - 1, a.J - 1);
-  Nodes<C> z;
+  AxisNodes<C> z;
   memset(sums, 0, sizeof(double) * size_t(a.M * (2 * R + 2)));
   for (int64_t l = begin; l < end; l += TILE) {
     for (int64_t i = 0; i < least(TILE, end - l); i++) at[i] = l + i;
-    z.fill_imaginary(a.y, at, least(TILE, end - l));
+    z.fill(a.y, at, least(TILE, end - l));
     woodbury.fill(a, h, l, z);
     collect_tile<C, true, true>(z, row, [&](int64_t r, C* k) {
       for (int64_t n = 0; n < z.padded; n += LANES<C>) {
@@ -191,7 +191,7 @@ template <class T> void dplr_chain(const DplrArgs<T>& a, int64_t h, int64_t chun
   int64_t R = a.I * a.J, width = a.M * (2 * R + 2);
   const double *v = a.v + 2 * h * R * a.M, *w = a.w + 2 * h * a.M;
   double *dv = a.dv + 2 * h * R * a.M, *dw = a.dw + 2 * h * a.M;
-  chain_row<true>(v, w, a.partial + h * width, a.H * width, chunks, a.M, R, dv, dw);
+  chain_row<true, true>(v, w, a.partial + h * width, a.H * width, chunks, a.M, R, dv, dw);
   AtZero(v, w, a.I, a.J, a.M).chain(a, h, dv, dw);
   if (a.F > a.K)
     for (int64_t i = 0; i + 1 < a.I; i++)

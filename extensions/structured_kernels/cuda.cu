@@ -1,10 +1,10 @@
 // The CUDA ops of s4nb for torch, on LibTorch's stable ABI: one library serves torch 2.10 and later. Checks and memory
-// are here; the kernels are in cuda_cauchy.cuh and cuda_powers.cuh. All run on torch's current stream; nothing waits.
+// are here; the kernels are in the files cuda_*.cuh. All run on torch's current stream; nothing waits.
 #define S4NB_ISA cuda
 #ifndef USE_CUDA
 #define USE_CUDA  // torch's header then declares how to get the current stream
 #endif
-#include "cuda_cauchy.cuh"
+#include "cuda_dplr.cuh"
 #include "cuda_powers.cuh"
 
 #include <cuda_runtime.h>

@@ -1,22 +1,12 @@
-// Cauchy sums, the spectrum of a DPLR kernel, and their gradients, in CUDA.
+// Cauchy sums and their gradients, in CUDA.
 #pragma once
 #include "cuda_common.cuh"
 
 namespace s4nb { namespace S4NB_ISA {
 
-constexpr int OWN = 2;     // nodes (forward) or modes (backward) of one thread
+template <class T> constexpr int EACH = sizeof(T) == 4 ? 4 : 2;  // nodes of one thread, as registers allow
+constexpr int OWN = 2;     // modes of one thread in the gradients
 constexpr int MODES = 64;  // modes whose coefficients lie in shared memory at a time
-
-__device__ inline double block_sum(double x) {
-  __shared__ double of_warp[THREADS / WARP];
-  x = warp_sum(x);
-  __syncthreads();  // an earlier sum has been read
-  if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = x;
-  __syncthreads();
-  double total = 0;
-  for (int i = 0; i < THREADS / WARP; i++) total += of_warp[i];
-  return total;
-}
 
 // ---- Cauchy sums ---------------------------------------------------------------------------------------------------
 struct Shape { int64_t rows, numerators, modes, nodes; };  // v (rows, numerators, modes), w (rows, modes)
@@ -25,15 +15,6 @@ template <class T> struct Nodes {  // given: z (1, L) or (rows, L)
   static constexpr bool imaginary = false;
   const Complex<T>* z; int64_t stride;
   __device__ Complex<T> operator()(int64_t row, int64_t l) const { return z[row * stride + l]; }
-};
-
-template <class T> struct RootsOfUnity {  // z_k = 2i tan(pi k / length)
-  static constexpr bool imaginary = true;
-  int64_t length;
-  __device__ Complex<T> operator()(int64_t, int64_t k) const {
-    double turn = double(k) / double(length);
-    return {T(0), T(2 * sinpi(turn) / cospi(turn))};
-  }
 };
 
 // One sum in double: for results that overflowed or underflowed on the way in float.
@@ -48,198 +29,103 @@ __device__ __noinline__ Complex<double> exact_sum(const Complex<S>* v, const Com
   return sum.value(z);
 }
 
-template <class T, int R> struct alignas(16) Term {  // a mode, and the coefficients of R numerators
-  Mode<T> mode;
+template <class W, class T, int R> struct alignas(16) Term {  // a mode, and the coefficients of R numerators
+  W mode;
   T c[2 * R];
 };
 
-// The sums of R numerators (`count` of them are there) at OWN nodes of this thread; all threads of the block take part.
-template <bool PAIRS, bool IMAGINARY, class T, class S, int R>
-__device__ void sum_modes(Complex<T> (&out)[OWN][R], const Complex<T> (&z)[OWN], bool active, int count,
-                          const Complex<S>* v, const Complex<S>* w, int64_t modes) {
-  __shared__ Term<T, R> terms[MODES];
-  Sum<PAIRS, T> sum[OWN][R] = {};
+// The sums of R numerators (`count` of them are there) at the nodes z of this thread; all threads of the block take
+// part. W: what is kept of a mode.
+template <bool PAIRS, class W, class T, class S, int R, int N, class Z>
+__device__ void sum_modes(Complex<T> (&out)[N][R], const Z (&z)[N], bool active, int count, const Complex<S>* v,
+                          const Complex<S>* w, int64_t modes) {
+  __shared__ Term<W, T, R> terms[MODES];
+  Sum<PAIRS, T> sum[N][R] = {};
   for (int64_t first = 0; first < modes; first += MODES) {
     int here = int(least(MODES, modes - first));
-    for (int i = threadIdx.x; i < here * (R + 1); i += THREADS) {
-      int m = i % here, r = i / here - 1;  // r = -1: the mode itself
-      Complex<double> W = cast<double>(w[first + m]), c = {0, 0};
-      if (r >= 0 && r < count) c = coefficients<PAIRS>(cast<double>(v[r * modes + first + m]), W);
-      if (r < 0) terms[m].mode = {T(W.re), T(W.im)};
-      else { terms[m].c[2 * r] = T(c.re); terms[m].c[2 * r + 1] = T(c.im); }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < here * R; i += THREADS) {
+      int m = unsigned(i) / R, r = unsigned(i) % R;
+      Complex<double> at = cast<double>(w[first + m]), c = {0, 0};
+      if (r < count) c = coefficients<PAIRS>(cast<double>(v[r * modes + first + m]), at);
+      if (r == 0) terms[m].mode = W::of(at);
+      terms[m].c[2 * r] = T(c.re); terms[m].c[2 * r + 1] = T(c.im);
     }
     __syncthreads();
     if (active)
-#pragma unroll 2
+#pragma unroll 4
       for (int m = 0; m < here; m++) {
-        Term<T, R> term = terms[m];
+        Term<W, T, R> term = terms[m];
 #pragma unroll
-        for (int o = 0; o < OWN; o++) {
-          Complex<T> u = pole<PAIRS, IMAGINARY>(z[o], term.mode);
+        for (int o = 0; o < N; o++) {
+          Complex<T> u = pole<PAIRS, false>(z[o], term.mode);
 #pragma unroll
           for (int r = 0; r < R; r++) sum[o][r].add(u, term.c[2 * r], term.c[2 * r + 1]);
         }
       }
     __syncthreads();
   }
-  bool good = true;
 #pragma unroll
-  for (int o = 0; o < OWN; o++)
+  for (int o = 0; o < N; o++)
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-      out[o][r] = sum[o][r].value(z[o]);
-      good = good && finite(out[o][r]);
-    }
-  if (sizeof(T) == 4 && active && !good)  // one call in a loop that stays one: `out` lies in registers
-#pragma unroll 1
-    for (int i = 0; i < OWN * count; i++) {
-      Complex<T> exact =
-          cast<T>(exact_sum<PAIRS>(v + i % count * modes, w, modes, cast<double>(i < count ? z[0] : z[1])));
-#pragma unroll
-      for (int o = 0; o < OWN; o++)
-#pragma unroll
-        for (int r = 0; r < R; r++)
-          if (i == o * count + r && r < count && !finite(out[o][r])) out[o][r] = exact;
-    }
+    for (int r = 0; r < R; r++) out[o][r] = sum[o][r].value(z[o]);
 }
 
-// A block: 2 x 128 nodes, R numerators, one row.
+// 0, or nan as soon as one x is not finite.
+template <class T> __device__ void check(T& bad, Complex<T> x) { bad += 0 * x.re; bad += 0 * x.im; }
+
+// A block: N x 128 nodes, R numerators, one row.
 struct Place {
   int64_t row, first, node;  // first: numerator
-  int count; bool active;
-  template <int R> static S4NB_INLINE Place of(int64_t block, int64_t thread, Shape s) {
-    int64_t tiles = pieces(s.nodes, OWN * THREADS), groups = pieces(s.numerators, R), tile = block % tiles;
-    int64_t first = block / tiles % groups * R, node = tile * OWN * THREADS + thread;
-    return {block / tiles / groups, first, node, int(least(R, s.numerators - first)), node < s.nodes};
+  int count, left;           // left: nodes from this thread's first one on
+  template <int R, int N> static S4NB_INLINE Place of(unsigned block, unsigned thread, Shape s) {
+    unsigned tiles = unsigned(pieces(s.nodes, N * THREADS)), groups = unsigned(pieces(s.numerators, R));
+    unsigned above = block / tiles, row = above / groups, first = (above - row * groups) * R;
+    int64_t node = int64_t(block - above * tiles) * (N * THREADS) + thread;
+    return {row, first, node, int(least(R, s.numerators - first)), int(least(N * THREADS, s.nodes - node))};
   }
-  static int64_t blocks(Shape s, int R) { return s.rows * pieces(s.numerators, R) * pieces(s.nodes, OWN * THREADS); }
+  static int64_t blocks(Shape s, int R, int N) {
+    return s.rows * pieces(s.numerators, R) * pieces(s.nodes, N * THREADS);
+  }
 };
 
 template <bool PAIRS, class T, int R> __global__ void __launch_bounds__(THREADS)
     cauchy_kernel(Nodes<T> nodes, const Complex<T>* v, const Complex<T>* w, Complex<T>* out, Shape s) {
-  Place at = Place::of<R>(blockIdx.x, threadIdx.x, s);
-  Complex<T> z[OWN], k[OWN][R];
-  for (int o = 0; o < OWN; o++) z[o] = nodes(at.row, least(at.node + o * THREADS, s.nodes - 1));
-  sum_modes<PAIRS, false>(k, z, at.active, at.count, v + (at.row * s.numerators + at.first) * s.modes,
-                          w + at.row * s.modes, s.modes);
-#pragma unroll
-  for (int o = 0; o < OWN; o++)
-#pragma unroll
-    for (int r = 0; r < R; r++)
-      if (r < at.count && at.node + o * THREADS < s.nodes)
-        out[(at.row * s.numerators + at.first + r) * s.nodes + at.node + o * THREADS] = k[o][r];
-}
-
-// The spectrum's numerators are a matrix (I, J), its last row and column the low-rank ones. At the two ends of the
-// axis, z = 0 and the limit z -> infinity (of even lengths only), the sums are real; a row's first block does them in
-// double.
-struct Ends { double zero, limit; };
-
-__device__ inline Complex<double> at_zero(double k_ij, double k_iJ, double k_Ij, double k_IJ) {
-  return {k_ij - k_iJ * k_Ij / (1 + k_IJ), 0};
-}
-
-template <class T, int R> __global__ void __launch_bounds__(THREADS)
-    spectrum_kernel(RootsOfUnity<T> nodes, const Complex<double>* v, const Complex<double>* w, Complex<T>* sums,
-                    Complex<T>* spectrum, Ends* ends, Shape s) {
-  Place at = Place::of<R>(blockIdx.x, threadIdx.x, s);
+  constexpr int N = EACH<T>;
+  Place at = Place::of<R, N>(blockIdx.x, threadIdx.x, s);
+  Complex<T> z[N], k[N][R];
   v += (at.row * s.numerators + at.first) * s.modes;
   w += at.row * s.modes;
-  sums += (at.row * s.numerators + at.first) * s.nodes;
-  const int64_t bins = nodes.length / 2 + 1;
-  if (at.node - threadIdx.x == 0) {
-    Ends end[R];
+  out += (at.row * s.numerators + at.first) * s.nodes;
+  for (int o = 0; o < N; o++) z[o] = nodes(at.row, least(at.node + o * THREADS, s.nodes - 1));
+  sum_modes<PAIRS, Mode<T>>(k, z, at.left > 0, at.count, v, w, s.modes);
+  T bad = 0;
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-      double zero = 0, limit = 0;
-      if (r < at.count)
-        for (int64_t m = threadIdx.x; m < s.modes; m += THREADS) {
-          Complex<double> V = v[r * s.modes + m], W = w[m];
-          zero -= 2 * (V.re * W.re + V.im * W.im) / (W.re * W.re + W.im * W.im);
-          limit += V.re;
-        }
-      end[r] = {block_sum(zero), block_sum(limit)};
-      if (threadIdx.x == 0 && r < at.count) {
-        sums[r * s.nodes] = {T(end[r].zero), T(0)};
-        if (ends) ends[at.row * s.numerators + at.first + r] = end[r];
-      }
-    }
-    if constexpr (R == 4)
-      if (spectrum && threadIdx.x == 0) {
-        spectrum[at.row * bins] = cast<T>(at_zero(end[0].zero, end[1].zero, end[2].zero, end[3].zero));
-        if (nodes.length % 2 == 0) spectrum[at.row * bins + s.nodes] = {T(end[0].limit), T(0)};
-      }
-  }
-  Complex<T> z[OWN], k[OWN][R];
-  for (int o = 0; o < OWN; o++) z[o] = nodes(at.row, least(at.node + o * THREADS, s.nodes - 1));
-  sum_modes<true, true>(k, z, at.active, at.count, v, w, s.modes);
-#pragma unroll
-  for (int o = 0; o < OWN; o++) {
-    int64_t l = at.node + o * THREADS;
-    if (l == 0 || l >= s.nodes) continue;
+  for (int o = 0; o < N; o++)
 #pragma unroll
     for (int r = 0; r < R; r++)
-      if (r < at.count) sums[r * s.nodes + l] = k[o][r];
-    if constexpr (R == 4)
-      if (spectrum)
-        spectrum[at.row * bins + l] = woodbury<T>({T(1), z[o].im / 2}, k[o][0], k[o][1], k[o][2], woodbury_q(k[o][3]));
-  }
-}
-
-// Woodbury's identity for any number of numerators, from the sums: one thread for each (h, i, j, bin).
-template <class T> __global__ void __launch_bounds__(THREADS)
-    woodbury_kernel(RootsOfUnity<T> nodes, const Complex<T>* sums, const Ends* ends, Complex<T>* spectrum, int64_t I,
-                    int64_t J, int64_t total) {
-  int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (index >= total) return;
-  int64_t bins = nodes.length / 2 + 1, K = (nodes.length + 1) / 2, l = index % bins, ij = index / bins;
-  int64_t j = ij % (J - 1), i = ij / (J - 1) % (I - 1), h = ij / (J - 1) / (I - 1);
-  int64_t at[4] = {(h * I + i) * J + j, (h * I + i) * J + J - 1, (h * I + I - 1) * J + j, (h * I + I - 1) * J + J - 1};
-  if (l == K) spectrum[index] = {T(ends[at[0]].limit), T(0)};
-  else if (l == 0)
-    spectrum[index] = cast<T>(at_zero(ends[at[0]].zero, ends[at[1]].zero, ends[at[2]].zero, ends[at[3]].zero));
-  else
-    spectrum[index] = woodbury<T>({T(1), nodes(h, l).im / 2}, sums[at[0] * K + l], sums[at[1] * K + l],
-                                  sums[at[2] * K + l], woodbury_q(sums[at[3] * K + l]));
+      if (r < at.count && o * THREADS < at.left) {
+        out[r * s.nodes + at.node + o * THREADS] = k[o][r];
+        check(bad, k[o][r]);
+      }
+  if (sizeof(T) == 4 && bad != 0)
+#pragma unroll 1
+    for (; at.left > 0; at.left -= THREADS, at.node += THREADS)
+#pragma unroll 1
+      for (int r = 0; r < at.count; r++)
+        out[r * s.nodes + at.node] =
+            cast<T>(exact_sum<PAIRS>(v + r * s.modes, w, s.modes, cast<double>(nodes(at.row, at.node))));
 }
 
 // ---- Gradients of Cauchy sums --------------------------------------------------------------------------------------
-// The conjugate gradient of sum r of a row at node l: as it came, or through Woodbury's identity.
+// The conjugate gradient of sum r of a row at node l.
 template <class T> struct Upstream {
   const Complex<T>* grad; Shape s;
   __device__ Complex<T> operator()(int64_t row, int64_t r, int64_t l, Complex<T>) const {
     return conj(grad[(row * s.numerators + r) * s.nodes + l]);
   }
+  template <class Z, class F> __device__ bool all(int64_t, int64_t, Z, F) const { return false; }
   __device__ double limit(int64_t, int64_t) const { return 0; }
-};
-
-template <class T> struct ThroughWoodbury {
-  const Complex<T> *grad, *sums; int I, J; int64_t length;
-  __device__ Complex<T> operator()(int64_t row, int64_t r, int64_t l, Complex<T> z) const {
-    const int c = I - 1, b = J - 1, i = int(r) / J, j = int(r) % J;
-    const int64_t K = (length + 1) / 2, bins = length / 2 + 1;
-    const Complex<T> *k = sums + row * I * J * K + l, *g = grad + row * c * b * bins + l;
-    Complex<T> total = {0, 0};
-#pragma unroll 1
-    for (int m = i < c ? i : 0; m < (i < c ? i + 1 : c); m++)
-#pragma unroll 1
-      for (int n = j < b ? j : 0; n < (j < b ? j + 1 : b); n++) {
-        Complex<T> term = conj(g[(m * b + n) * bins]);
-        if (i == c) term = term * k[(m * J + b) * K];
-        if (j == b) term = term * k[(c * J + n) * K];
-        total = total + term;
-      }
-    total = total * Complex<T>{T(1), z.im / 2};
-    if (i < c && j < b) return total;
-    Complex<T> q = woodbury_q(k[(c * J + b) * K]);
-    total = total * q;
-    return i < c || j < b ? Complex<T>{-total.re, -total.im} : total * q;
-  }
-  __device__ double limit(int64_t row, int64_t r) const {  // what each Re v gets from the last bin
-    const int c = I - 1, b = J - 1, i = int(r) / J, j = int(r) % J;
-    if (length % 2 || i >= c || j >= b) return 0;
-    return double(grad[((row * c + i) * b + j) * (length / 2 + 1) + length / 2].re);
-  }
 };
 
 // How the sums over nodes are split: block = (row, R numerators, chunk of nodes, tile of modes). In a block `width`
@@ -257,55 +143,55 @@ struct Split {
   int64_t doubles(Shape s) const { return s.rows * groups * chunks * (2 * R + 2) * s.modes; }
 };
 
-template <class T, int R> struct alignas(16) Node { Complex<T> z, k[R], kz[R]; };
+template <class Z, class T, int R> struct alignas(16) Node { Z z; Complex<T> k[R], kz[R]; };
 
 template <bool PAIRS, class T, class S, int R, class Z, class G>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3)
     slopes_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, double* partial, Shape s,
                   Split split) {
   constexpr int SUMS = 2 * R + 2;
-  __shared__ Node<T, R> staged[THREADS];
+  using At = decltype(nodes(0, 0));
+  using W = std::conditional_t<Z::imaginary, AxisMode<T>, Mode<T>>;
+  __shared__ Node<At, T, R> staged[THREADS];
   __shared__ T scratch[OWN * SUMS * THREADS];
   const int t = threadIdx.x, width = split.width, groups = THREADS / width, lane = t % width, group = t / width;
-  int64_t block = blockIdx.x, tile = block % split.tiles, cell = block / split.tiles;  // cell: (row, numerators, chunk)
-  int64_t begin = cell % split.chunks * split.chunk, end = least(begin + split.chunk, s.nodes);
-  int64_t first = cell / split.chunks % split.groups * R, row = cell / split.chunks / split.groups,
-          mode_0 = tile * width * OWN;
+  const unsigned tiles = unsigned(split.tiles), chunks = unsigned(split.chunks), row_groups = unsigned(split.groups);
+  const unsigned cell = blockIdx.x / tiles, above = cell / chunks;  // cell: (row, numerators, chunk)
+  const int64_t begin = cell % chunks * split.chunk, end = least(begin + split.chunk, s.nodes);
+  const int64_t row = above / row_groups, first = above % row_groups * R,
+                mode_0 = int64_t(blockIdx.x % tiles) * width * OWN;
   const int count = int(least(R, s.numerators - first));
 
-  Mode<T> mode[OWN];
+  W mode[OWN];
   T c[OWN][2 * R] = {};
   Slope<PAIRS, T> slope[OWN][R] = {};
   Drift<PAIRS, Z::imaginary, T> drift[OWN] = {};
 #pragma unroll
   for (int o = 0; o < OWN; o++) {
     int64_t m = least(mode_0 + o * width + lane, s.modes - 1);
-    Complex<double> W = cast<double>(w[row * s.modes + m]);
-    mode[o] = {T(W.re), T(W.im)};
+    Complex<double> of = cast<double>(w[row * s.modes + m]);
+    mode[o] = W::of(of);
 #pragma unroll
     for (int r = 0; r < R; r++)
       if (r < count) {
-        Complex<double> x = coefficients<PAIRS>(cast<double>(v[(row * s.numerators + first + r) * s.modes + m]), W);
+        Complex<double> x = coefficients<PAIRS>(cast<double>(v[(row * s.numerators + first + r) * s.modes + m]), of);
         c[o][2 * r] = T(x.re); c[o][2 * r + 1] = T(x.im);
       }
   }
   for (int64_t base = begin; base < end; base += THREADS) {
     const int here = int(least(THREADS, end - base));
     if (t < here) {
-      Complex<T> z = nodes(row, base + t);
+      At z = nodes(row, base + t);
       staged[t].z = z;
+      auto stage = [&](int r, Complex<T> k) { staged[t].k[r] = k; staged[t].kz[r] = z * k; };
+      if (R < 4 || !upstream.all(row, base + t, z, stage))
 #pragma unroll 1
-      for (int r = 0; r < R; r++) {
-        Complex<T> k = {0, 0};
-        if (r < count) k = upstream(row, first + r, base + t, z);
-        staged[t].k[r] = k;
-        staged[t].kz[r] = k * z;
-      }
+        for (int r = 0; r < R; r++) stage(r, r < count ? upstream(row, first + r, base + t, z) : Complex<T>{0, 0});
     }
     __syncthreads();
     if (group < groups)
       for (int n = group; n < here; n += groups) {
-        const Node<T, R>& at = staged[n];
+        const Node<At, T, R>& at = staged[n];
 #pragma unroll
         for (int o = 0; o < OWN; o++) {
           Complex<T> u = pole<PAIRS, Z::imaginary>(at.z, mode[o]), N = {0, 0};
@@ -336,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 3)
     int64_t m = mode_0 + value / SUMS * width + of;
     double total = 0;
     for (int g = 0; g < groups; g++) total += double(scratch[value * THREADS + g * width + of]);
-    if (m < s.modes) partial[(cell * SUMS + value % SUMS) * s.modes + m] = total;
+    if (m < s.modes) partial[(int64_t(cell) * SUMS + value % SUMS) * s.modes + m] = total;
   }
 }
 
@@ -362,11 +248,11 @@ __device__ __noinline__ void exact_gradients(Z nodes, G upstream, const Complex<
     d.re += upstream.limit(row, r);
     dv[i] = cast<S>(d);
   }
-  dw[row * s.modes + m] = cast<S>(total + drift_of_mode<PAIRS, false>(W, drift));
+  dw[row * s.modes + m] = cast<S>(total + drift_of_mode(W, drift));
 }
 
 // One thread for each mode of each row: adds up what the blocks left, and goes back to v and w.
-template <bool PAIRS, class T, class S, class Z, class G> __global__ void __launch_bounds__(THREADS)
+template <bool PAIRS, class T, class S, class Z, class G> __global__ void __launch_bounds__(THREADS, 4)
     gradients_kernel(Z nodes, G upstream, const Complex<S>* v, const Complex<S>* w, const double* partial,
                      Complex<S>* dv, Complex<S>* dw, Shape s, Split split) {
   int64_t index = int64_t(blockIdx.x) * THREADS + threadIdx.x, row = index / s.modes, m = index % s.modes;
@@ -395,7 +281,7 @@ template <bool PAIRS, class T, class S, class Z, class G> __global__ void __laun
     drift.first += total(g, 2 * split.R);
     drift.second += total(g, 2 * split.R + 1);
   }
-  of_w = of_w + drift_of_mode<PAIRS, Z::imaginary>(W, drift);
+  of_w = of_w + drift_of_mode(W, drift);
   dw[index] = cast<S>(of_w);
   if (sizeof(T) == 4 && !(good && finite(of_w))) exact_gradients<PAIRS>(nodes, upstream, v, W, dv, dw, s, row, m);
 }
@@ -449,7 +335,7 @@ template <class T, class L> void launch_cauchy(L launch, Cauchy<T> a, Complex<T>
   by_count(a.s.numerators, [&](auto n) {
     constexpr int R = decltype(n)::value;
     auto kernel = a.pairs ? cauchy_kernel<true, T, R> : cauchy_kernel<false, T, R>;
-    launch(kernel, Place::blocks(a.s, R), THREADS, a.nodes(), a.v, a.w, out, a.s);
+    launch(kernel, Place::blocks(a.s, R, EACH<T>), THREADS, a.nodes(), a.v, a.w, out, a.s);
   });
 }
 
@@ -485,34 +371,6 @@ void launch_cauchy_nodes(L launch, Cauchy<T> a, const Complex<T>* grad, Complex<
            a.s);
   int64_t size = a.z_rows * a.s.nodes, rows = a.z_rows == 1 ? a.s.rows : 1;
   if (size) launch(add_rows_kernel<T>, pieces(size, THREADS), THREADS, of_row, dz, rows, size);
-}
-
-struct Dplr {
-  const Complex<double> *v, *w; int64_t H, I, J, M, length;
-  Shape shape() const { return {H, I * J, M, (length + 1) / 2}; }
-  bool fused() const { return I == 2 && J == 2; }  // one kernel does it all, and needs no `ends`
-};
-
-// ends: (H, I, J)
-template <class T, class L> void launch_spectrum(L launch, Dplr a, Complex<T>* sums, Complex<T>* spectrum, Ends* ends) {
-  Shape s = a.shape();
-  RootsOfUnity<T> nodes = {a.length};
-  if (!s.rows || !s.numerators) return;
-  by_count(s.numerators, [&](auto n) {
-    constexpr int R = decltype(n)::value;
-    launch(spectrum_kernel<T, R>, Place::blocks(s, R), THREADS, nodes, a.v, a.w, sums, a.fused() ? spectrum : nullptr,
-           ends, s);
-  });
-  int64_t total = a.H * (a.I - 1) * (a.J - 1) * (a.length / 2 + 1);
-  if (!a.fused() && total)
-    launch(woodbury_kernel<T>, pieces(total, THREADS), THREADS, nodes, sums, ends, spectrum, a.I, a.J, total);
-}
-
-template <class T, class L>
-void launch_spectrum_backward(L launch, Dplr a, const Complex<T>* grad, const Complex<T>* sums, double* partial,
-                              Complex<double>* dv, Complex<double>* dw) {
-  ThroughWoodbury<T> upstream = {grad, sums, int(a.I), int(a.J), a.length};
-  launch_gradients<true, T>(launch, RootsOfUnity<T>{a.length}, upstream, a.v, a.w, partial, dv, dw, a.shape());
 }
 
 }}  // namespace s4nb::S4NB_ISA

@@ -4,6 +4,7 @@
 // reruns agree bitwise.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "pair_math.h"
 
@@ -13,6 +14,7 @@ constexpr int WARP = 32, THREADS = 128;
 
 template <class T> S4NB_INLINE bool finite(Complex<T> x) { return x.re - x.re == 0 && x.im - x.im == 0; }
 template <class T, class S> S4NB_INLINE Complex<T> cast(Complex<S> x) { return {T(x.re), T(x.im)}; }
+template <class T, class S> S4NB_INLINE Complex<T> cast(AxisNode<S> z) { return {T(0), T(z.im)}; }
 S4NB_INLINE int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 S4NB_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -1,6 +1,7 @@
 // The formulas of the structured kernels, written once for the CPU (V: a vector of floats or doubles) and for CUDA
 // (V: one float or double). Derivations: notebooks 13 (Cauchy sums) and 14 (Vandermonde sums).
 #pragma once
+#include <cmath>
 
 #ifdef __CUDACC__
 #define S4NB_INLINE __host__ __device__ __forceinline__
@@ -13,7 +14,7 @@
 
 namespace s4nb { namespace S4NB_ISA {
 
-template <class V> struct Complex { V re, im; };
+template <class V> struct alignas(2 * sizeof(V)) Complex { V re, im; };
 
 template <class V> S4NB_INLINE Complex<V> operator+(Complex<V> a, Complex<V> b) { return {a.re + b.re, a.im + b.im}; }
 template <class V> S4NB_INLINE Complex<V> operator-(Complex<V> a, Complex<V> b) { return {a.re - b.re, a.im - b.im}; }
@@ -37,6 +38,24 @@ S4NB_INLINE float reciprocal(float q) {
 }
 #endif
 
+// Of q below 2^126 in float (a larger one could give 0 unnoticed). 0 gives infinity or nan.
+template <class V> S4NB_INLINE V bounded_reciprocal(V q) { return reciprocal(q); }
+#ifdef __CUDA_ARCH__
+template <> S4NB_INLINE float bounded_reciprocal(float q) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(q));
+  return r;
+}
+template <> S4NB_INLINE double bounded_reciprocal(double q) {  // 20 bits, then 60
+  double r, e;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(q));
+  e = 1 - q * r;
+  return r + r * (e + e * e);
+}
+#else
+template <> S4NB_INLINE float bounded_reciprocal(float q) { return 1 / q; }
+#endif
+
 template <class V> S4NB_INLINE Complex<V> inverse(Complex<V> a) {
   V r = reciprocal(a.re * a.re + a.im * a.im);
   return {a.re * r, -a.im * r};
@@ -46,8 +65,31 @@ template <class V> S4NB_INLINE Complex<V> inverse(Complex<V> a) {
 //   pairs:   v/(z-w) + conj(v)/(z-conj w) = (a z - b) u,  u = 1/((z-w)(z-conj w)),  a = 2 Re v,  b = 2 Re(v conj w)
 //   singles: v/(z-w) = v u,  u = 1/(z-w)
 // (c0, c1) are (a, b) or (Re v, Im v). The product (z-w)(z-conj w) is formed from differences, s^2 - (y-x)(y+x) with
-// s = Re(z-w): a difference of squares would lose all digits next to a pole. IMAGINARY: Re z = 0, and s is a constant.
-template <class S> struct Mode { S re, im; };
+// s = Re(z-w): a difference of rounded squares would lose more next to a pole. IMAGINARY: Re z = 0, s is a constant.
+template <class S> struct Mode {
+  S re, im;
+  static S4NB_INLINE Mode of(Complex<double> w) { return {S(w.re), S(w.im)}; }
+};
+
+// Where w and y of a node z = iy are known in double, the product is |w|^2 - y^2 - 2i y Re w: squares that are rounded
+// once, from double, lose no more next to a pole than rounding w and y does. In float, squares of 2^60 and more become
+// infinite and the sums nan, so that bounded_reciprocal never meets what is out of its range.
+template <class S> S4NB_INLINE S rounded_square(double x) {
+  return sizeof(S) > 4 || S(x) < S(0x1p60) ? S(x) : S(INFINITY);
+}
+template <class S> struct AxisMode {
+  S square, twice;  // |w|^2, 2 Re w
+  static S4NB_INLINE AxisMode of(Complex<double> w) {
+    return {rounded_square<S>(w.re * w.re + w.im * w.im), S(2 * w.re)};
+  }
+};
+template <class V> struct AxisNode {
+  V im, square;  // y, y^2
+  static S4NB_INLINE AxisNode of(double y) { return {V(y), rounded_square<V>(y * y)}; }
+};
+template <class V> S4NB_INLINE Complex<V> operator*(AxisNode<V> z, Complex<V> a) {
+  return {-(z.im * a.im), z.im * a.re};
+}
 
 template <bool PAIRS, bool IMAGINARY, class V, class S> S4NB_INLINE Complex<V> pole(Complex<V> z, Mode<S> w) {
   if constexpr (!PAIRS) {
@@ -58,6 +100,11 @@ template <bool PAIRS, bool IMAGINARY, class V, class S> S4NB_INLINE Complex<V> p
     V s = z.re - w.re;
     return inverse(Complex<V>{s * s - (z.im - w.im) * (z.im + w.im), (s + s) * z.im});
   }
+}
+
+template <bool PAIRS, bool IMAGINARY, class V, class S> S4NB_INLINE Complex<V> pole(AxisNode<V> z, AxisMode<S> w) {
+  V re = w.square - z.square, im = w.twice * z.im, r = bounded_reciprocal(re * re + im * im);
+  return {re * r, im * r};
 }
 
 // The sum of one numerator over the modes: sum a u and sum b u (pairs), or sum v u (singles; the second stays unused).
@@ -72,7 +119,7 @@ template <bool PAIRS, class V> struct Sum {
       first.im += c0 * u.im; first.im += c1 * u.re;
     }
   }
-  S4NB_INLINE Complex<V> value(Complex<V> z) const {
+  template <class Z> S4NB_INLINE Complex<V> value(Z z) const {
     if constexpr (PAIRS) return z * first - second;
     else return first;
   }
@@ -81,7 +128,7 @@ template <bool PAIRS, class V> struct Sum {
 // Gradients of one mode, summed over the nodes. k = conj(grad), kz = k z (pairs only) at a node; h = k u.
 //   pairs:   da = Re sum h z, db = -Re sum h;   singles: conj(dv) = sum h
 //   N = sum over the numerators of k (a z - b) or k v;  E = N u^2
-//   pairs:   x = Re sum E, Re sum E (z - Re w);  singles: sum E
+//   pairs:   Re sum E, Re sum E (z - Re w), or Re sum E z where z is IMAGINARY;  singles: sum E
 template <bool PAIRS, class V> struct Slope {  // of one numerator: (da, -db), or conj(dv)
   V first, second;
   S4NB_INLINE void add(Complex<V> k, Complex<V> kz, Complex<V> u) {
@@ -107,12 +154,12 @@ template <bool PAIRS, class V, class S> S4NB_INLINE void add_numerator(Complex<V
 
 template <bool PAIRS, bool IMAGINARY, class V> struct Drift {  // of the mode
   V first, second;
-  template <class S> S4NB_INLINE void add(Complex<V> N, Complex<V> u, Complex<V> z, Mode<S> w) {
+  template <class Z, class W> S4NB_INLINE void add(Complex<V> N, Complex<V> u, Z z, W w) {
     Complex<V> E = (N * u) * u;
     first += E.re;
     if constexpr (!PAIRS) second += E.im;
-    else if constexpr (IMAGINARY) { second -= w.re * E.re; second -= z.im * E.im; }
-    else { second += (z.re - w.re) * E.re; second -= z.im * E.im; }
+    else second -= z.im * E.im;
+    if constexpr (PAIRS && !IMAGINARY) second += (z.re - w.re) * E.re;
   }
 };
 
@@ -131,7 +178,7 @@ template <bool PAIRS> S4NB_INLINE void chain(Complex<double> v, Complex<double> 
 
 template <bool PAIRS, bool IMAGINARY>
 S4NB_INLINE Complex<double> drift_of_mode(Complex<double> w, Drift<PAIRS, IMAGINARY, double> drift) {
-  if constexpr (PAIRS) return {2 * drift.second, -2 * w.im * drift.first};
+  if constexpr (PAIRS) return {2 * (drift.second - IMAGINARY * w.re * drift.first), -2 * w.im * drift.first};
   else return {drift.first, -drift.second};
 }
 
