@@ -61,7 +61,8 @@ template <class T, int R, bool FUSED> __global__ void __launch_bounds__(THREADS,
         sum.zero -= 2 * (V.re * W.re + V.im * W.im) / (W.re * W.re + W.im * W.im);
         sum.limit += V.re;
       }
-    end[r] = sum = {warp_sum(sum.zero), warp_sum(sum.limit)};
+    sum = {warp_sum(sum.zero), warp_sum(sum.limit)};
+    if (lane == 0) end[r] = sum;
     if (lane == 0 && r < at.count) {
       sums[r * s.nodes] = {T(sum.zero), T(0)};
       if (!FUSED) ends[at.row * s.numerators + at.first + r] = sum;

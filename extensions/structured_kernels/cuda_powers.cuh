@@ -44,8 +44,8 @@ template <class T, bool REAL> struct Output { using type = T; };
 template <class T> struct Output<T, false> { using type = Complex<T>; };
 
 // A block sees N giants and N babies; a thread adds up TILE giants times every 16th baby, TILE of them. The tables hold
-// 16 modes at a time, and 16 threads make those of a mode. 8 x 8 sums are kept to the registers of two blocks.
-template <bool REAL, class T, int TILE> __global__ void __launch_bounds__(POWER_THREADS, TILE == 8 ? 2 : 0)
+// 16 modes at a time, and 16 threads make those of a mode. 8 x 8 sums and complex ones are kept to the registers of two blocks.
+template <bool REAL, class T, int TILE> __global__ void __launch_bounds__(POWER_THREADS, TILE == 8 || !REAL ? 2 : 0)
     vandermonde_kernel(const Complex<T>* v, const Complex<double>* x, typename Output<T, REAL>::type* out,
                        int64_t numerators, int64_t modes, int64_t L) {
   constexpr int N = SHARE * TILE, BITS = LOG2<SHARE>, TOP = LOG2<N * N>, WIDE = 16 / int(sizeof(Complex<T>));
