@@ -25,11 +25,12 @@ LITERAL = {"cauchy": cauchy_literal, "log_vandermonde": vandermonde_literal, "dp
 @contextmanager
 def literal_sums():
     "Inside, every op and kernel has one more backend, 'literal': the broadcast formula under autograd."
+    new = [op for op in LITERAL if "literal" not in OPS[op].backends]    # none of them where one stands within another
     try:
-        for op, f in LITERAL.items(): OPS[op].backends["literal"] = f
+        for op in new: OPS[op].backends["literal"] = LITERAL[op]
         yield
     finally:
-        for op in LITERAL: OPS[op].backends.pop("literal", None)
+        for op in new: OPS[op].backends.pop("literal", None)
 
 
 def fft_conv(u, K, D):

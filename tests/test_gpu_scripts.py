@@ -18,12 +18,12 @@ def script(name, out, *args, **env):
 def test_steps_leave_a_card(tmp_path):
     done = script("gpu", tmp_path, "build", "paint", S4NB_BUILD="none")
     assert done.returncode == 1 and "failed: paint" in done.stdout and "unknown step paint" in done.stdout
-    card = load_card(tmp_path / "card")
+    card = load_card(tmp_path / "gpu")
     assert {step: of["state"] for step, of in card["steps"].items()} == {"build": "passed", "paint": "failed"}
     assert card["name"] == "gpu" and card["state"] == "trial" and card["versions"]["torch"] and card["device"]
-    assert (tmp_path / "build.log").exists() and str(ROOT) not in (tmp_path / "card/card.json").read_text()
+    assert (tmp_path / "logs/build.log").exists() and str(ROOT) not in (tmp_path / "gpu/card.json").read_text()
     again = script("gpu", tmp_path, "build", S4NB_BUILD="none")
-    assert again.returncode == 0 and set(load_card(tmp_path / "card")["steps"]) == {"build", "paint"}
+    assert again.returncode == 0 and set(load_card(tmp_path / "gpu")["steps"]) == {"build", "paint"}
 
 
 def test_training_says_what_it_wants(tmp_path):
